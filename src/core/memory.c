@@ -1,0 +1,185 @@
+#define _DEFAULT_SOURCE
+#include "memory.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#ifdef PC_TEST_HOOKS
+#include <stdatomic.h>
+
+static _Thread_local long fail_countdown;
+static _Thread_local bool fail_happened;
+static atomic_long live_allocations;
+
+void pc_test_fail_allocation(long nth)
+{
+    fail_countdown = nth;
+    fail_happened = false;
+}
+
+bool pc_test_allocation_failed(void) { return fail_happened; }
+long pc_test_live_allocations(void) { return atomic_load(&live_allocations); }
+
+static bool refuse(void)
+{
+    if (fail_countdown > 0 && --fail_countdown == 0) {
+        fail_happened = true;
+        return true;
+    }
+    return false;
+}
+
+static void *count_new(void *piece)
+{
+    if (piece != NULL)
+        atomic_fetch_add(&live_allocations, 1);
+    return piece;
+}
+
+static void count_free(const void *piece)
+{
+    if (piece != NULL)
+        atomic_fetch_sub(&live_allocations, 1);
+}
+#else
+static inline bool refuse(void) { return false; }
+static inline void *count_new(void *piece) { return piece; }
+static inline void count_free(const void *piece) { (void)piece; }
+#endif
+
+void *pc_malloc(size_t bytes) { return refuse() ? NULL : count_new(malloc(bytes != 0 ? bytes : 1)); }
+
+void *pc_calloc(size_t count, size_t bytes)
+{
+    size_t total;
+    if (!pc_mul_size(count, bytes, &total) || refuse())
+        return NULL;
+    return count_new(calloc(1, total != 0 ? total : 1));
+}
+
+void *pc_realloc(void *old, size_t bytes)
+{
+    if (old == NULL)
+        return pc_malloc(bytes);
+    return refuse() ? NULL : realloc(old, bytes != 0 ? bytes : 1);
+}
+
+void pc_free(void *piece)
+{
+    count_free(piece);
+    free(piece);
+}
+
+char *pc_strndup(const char *text, size_t len)
+{
+    char *copy = pc_malloc(len + 1);
+    if (copy == NULL)
+        return NULL;
+    memcpy(copy, text, len);
+    copy[len] = '\0';
+    return copy;
+}
+
+/* From this size on a block is its own mapping, so that freeing it returns the
+ * memory at once and never leaves a hole in the heap: glibc raises its own
+ * threshold as mappings are freed, which would keep deleted adapters resident.
+ * Below it the page rounding would cost more than it saves. */
+#define BLOCK_MMAP_BYTES ((size_t)32 * 1024)
+
+void *pc_block_alloc(size_t bytes)
+{
+    if (refuse())
+        return NULL;
+    if (bytes > (size_t)PTRDIFF_MAX - PC_ALIGNMENT)
+        return NULL;
+    if (bytes >= BLOCK_MMAP_BYTES) {
+        void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return map == MAP_FAILED ? NULL : count_new(map);
+    }
+    size_t rounded = pc_align_up(bytes != 0 ? bytes : 1);
+    void *block = aligned_alloc(PC_ALIGNMENT, rounded);
+    if (block != NULL)
+        memset(block, 0, rounded);
+    return count_new(block);
+}
+
+void pc_block_free(void *block, size_t bytes)
+{
+    if (block == NULL)
+        return;
+    count_free(block);
+    if (bytes >= BLOCK_MMAP_BYTES)
+        munmap(block, bytes);
+    else
+        free(block);
+}
+
+struct pc_pool_chunk {
+    struct pc_pool_chunk *next;
+    size_t size; /* of this chunk, header included */
+    size_t used;
+};
+
+#define POOL_ALIGN ((size_t)16)
+#define POOL_FIRST_CHUNK ((size_t)1024)
+#define POOL_LARGEST_CHUNK ((size_t)256 * 1024)
+
+static size_t pool_round(size_t n) { return (n + (POOL_ALIGN - 1)) & ~(POOL_ALIGN - 1); }
+
+void pc_pool_init(pc_pool *pool)
+{
+    pool->chunks = NULL;
+    pool->chunk_bytes = POOL_FIRST_CHUNK;
+}
+
+void *pc_pool_alloc(pc_pool *pool, size_t bytes)
+{
+    const size_t header = pool_round(sizeof(struct pc_pool_chunk));
+    if (bytes > (size_t)PTRDIFF_MAX - header - POOL_ALIGN)
+        return NULL;
+    size_t need = pool_round(bytes != 0 ? bytes : 1);
+    struct pc_pool_chunk *chunk = pool->chunks;
+    if (chunk == NULL || chunk->size - chunk->used < need) {
+        size_t size = pool->chunk_bytes;
+        if (size < header + need)
+            size = header + need;
+        chunk = pc_block_alloc(size);
+        if (chunk == NULL)
+            return NULL;
+        chunk->size = size;
+        chunk->used = header;
+        chunk->next = pool->chunks;
+        pool->chunks = chunk;
+        if (pool->chunk_bytes < POOL_LARGEST_CHUNK)
+            pool->chunk_bytes *= 2;
+    }
+    void *piece = (char *)chunk + chunk->used;
+    chunk->used += need;
+    return piece;
+}
+
+void *pc_pool_array(pc_pool *pool, size_t count, size_t item)
+{
+    size_t total;
+    return pc_mul_size(count, item, &total) ? pc_pool_alloc(pool, total) : NULL;
+}
+
+char *pc_pool_strndup(pc_pool *pool, const char *text, size_t len)
+{
+    char *copy = len < SIZE_MAX ? pc_pool_alloc(pool, len + 1) : NULL;
+    if (copy != NULL)
+        memcpy(copy, text, len); /* the pool is zeroed: the terminator is there */
+    return copy;
+}
+
+void pc_pool_free(pc_pool *pool)
+{
+    struct pc_pool_chunk *chunk = pool->chunks;
+    while (chunk != NULL) {
+        struct pc_pool_chunk *next = chunk->next;
+        pc_block_free(chunk, chunk->size);
+        chunk = next;
+    }
+    pc_pool_init(pool);
+}

@@ -1,0 +1,31 @@
+/* Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random
+ * numbers: as easy as 1, 2, 3", SC'11).
+ *
+ * Element i of a stream depends on (seed, stream, i) alone, so a draw is the
+ * same whatever the number of threads and in whatever order it is computed.
+ */
+#ifndef PEFTC_CORE_RNG_H
+#define PEFTC_CORE_RNG_H
+
+#include <stdint.h>
+
+#include "dtype.h"
+#include "parallel.h"
+
+typedef struct pc_rng {
+    uint64_t seed;
+    uint64_t stream; /* take a new one for every independent draw */
+} pc_rng;
+
+/* The 128 random bits with index `block` of the stream. */
+void pc_rng_block(pc_rng rng, uint64_t block, uint32_t out[4]);
+
+/* Element `index` of the stream, uniform in [0, 1) with 24 random bits. */
+float pc_rng_unit(pc_rng rng, uint64_t index);
+
+/* dst (n,), a float dtype: uniform in [low, high) or normal (Box-Muller).
+ * The result does not depend on the thread count of `rt`; rt may be NULL. */
+void pc_fill_uniform(pc_runtime *rt, pc_rng rng, pc_dtype dtype, void *dst, int64_t n, double low, double high);
+void pc_fill_normal(pc_runtime *rt, pc_rng rng, pc_dtype dtype, void *dst, int64_t n, double mean, double std);
+
+#endif

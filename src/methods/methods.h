@@ -1,0 +1,158 @@
+/* PEFT methods: what an adapter method must provide, and what the engine
+ * offers on top of all of them.
+ *
+ * Adding a method = one file here with a pc_method, one row in methods.c, and
+ * one dataclass in peftc/config.py.
+ */
+#ifndef PEFTC_METHODS_METHODS_H
+#define PEFTC_METHODS_METHODS_H
+
+#include "../core/adapter.h"
+#include "../core/config.h"
+#include "../core/module.h"
+#include "../core/parallel.h"
+#include "../core/registry.h"
+#include "../core/rng.h"
+#include "../core/weights.h"
+
+/* One forward call of one module.  Linear-like modules see x as (rows, in);
+ * Conv2d as (rows, in, height, width); Embedding as rows int64 ids, already
+ * checked against the table. */
+typedef struct pc_call {
+    pc_runtime *rt;
+    const pc_module *module; /* weight and bias are those in effect for this call */
+    int32_t module_index;
+    pc_dtype compute; /* PC_F32 or PC_F64: the dtype of x and y */
+    int64_t rows;
+    int64_t height, width, out_height, out_width; /* Conv2d only */
+    bool training;
+    pc_rng rng; /* for dropout; stream differs from call to call */
+} pc_call;
+
+/* How a tensor is called: PEFT's name inside the module, without the adapter's. */
+typedef struct pc_role_name {
+    int role;
+    const char *parameter; /* "lora_A" */
+    const char *suffix;    /* ".weight" when the parameter sits in a submodule, else "" */
+    bool plain_in_file;    /* the file key omits the suffix (DoRA's magnitude) */
+} pc_role_name;
+
+/* A method fills this when it plans one module. */
+#define PC_PLAN_TENSORS 8
+typedef struct pc_slot_plan {
+    pc_slot slot;
+    pc_tensor tensors[PC_PLAN_TENSORS]; /* role, dtype, ndim, shape, flags */
+    int tensor_count;
+} pc_slot_plan;
+
+/* Append a tensor to a plan; dims not used are 0. */
+void pc_plan_tensor(pc_slot_plan *plan, int role, pc_dtype dtype, int ndim, int64_t d0, int64_t d1, int64_t d2,
+                    int64_t d3, bool in_state_dict, bool trainable);
+
+typedef struct pc_method {
+    pc_schema schema;
+    const char *prefix; /* of its parameters: "lora_", "ia3_" */
+    const pc_role_name *roles;
+    size_t role_count;
+
+    /* Which tensors does the adapter need for this module?  PC_ERR_VALUE with
+     * PEFT's text when the kind is not supported or the values cannot work. */
+    pc_status (*plan)(const pc_config *config, const pc_module *module, pc_slot_plan *plan, pc_error *err);
+
+    /* Fill a slot's fresh tensors (the arena is zero).  For a load, what the
+     * file does not bring: `loading` is true, and only what is not read from
+     * the file needs a value. */
+    pc_status (*init)(pc_runtime *rt, pc_adapter *adapter, const pc_slot *slot, const pc_module *module, pc_rng rng,
+                      bool loading, pc_error *err);
+
+    /* Before the base operation: may replace *x by a new buffer from `scratch`. NULL: does nothing. */
+    pc_status (*before)(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void **x,
+                        pc_pool *scratch, pc_error *err);
+
+    /* After it: y holds the running result and is changed in place; x is what this adapter saw. */
+    pc_status (*after)(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void *x, void *y,
+                       pc_pool *scratch, pc_error *err);
+
+    /* Fold the adapter into a weight and bias of dtype `compute` (bias may be NULL). */
+    pc_status (*merge)(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *module,
+                       pc_dtype compute, void *weight, void *bias, pc_error *err);
+} pc_method;
+
+/* The table. */
+extern const pc_method *const pc_methods[];
+extern const size_t pc_method_count;
+const pc_method *pc_method_find(const char *peft_type, size_t len);
+/* "LORA, IA3, ADALORA": for messages. */
+const char *pc_method_names(void);
+
+/* ------------------------------------------------------------------ targets */
+
+/* Which modules does the config name?  Fills match[module index]: 0 no,
+ * 1 target, 2 modules_to_save.  PC_ERR_VALUE "Target modules … not found in the
+ * base model. …" when no module matches any target. */
+pc_status pc_match_modules(const pc_config *config, const pc_module_table *modules, uint8_t *match, pc_error *err);
+
+/* One key against one selector, PEFT's rule (targets.c). */
+pc_status pc_selector_matches(const pc_selector *selector, const char *key, size_t len, bool *matched, pc_error *err);
+
+/* The pattern of `patterns` that governs `key` (first match of "(.*\.)?(p)$"), else `fallback`. */
+pc_status pc_pattern_value(const pc_number_patterns *patterns, const char *key, size_t len, double fallback,
+                           double *value, pc_error *err);
+
+/* -------------------------------------------------- building and loading */
+
+/* Plan an adapter for the model and allocate it; takes over `config` on
+ * success.  The registry is not changed. */
+pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_len, pc_config *config,
+                           pc_adapter **out, pc_error *err);
+
+/* Initialise every tensor of a built adapter. */
+pc_status pc_adapter_init(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed, pc_error *err);
+
+/* What a load found. Names live in `pool`. */
+typedef struct pc_load_report {
+    pc_pool pool;
+    pc_strings missing;    /* state-dict keys that the adapter has and the source does not */
+    pc_strings unexpected; /* names in the source that the adapter does not know */
+} pc_load_report;
+
+void pc_load_report_free(pc_load_report *report);
+
+/* Read every tensor of the adapter from `source` straight into its arena,
+ * converting between float dtypes where needed.  Keys may start with
+ * "base_model.model.".  A shape that differs is PC_ERR_VALUE with tensor and
+ * both shapes; what the source lacks is initialised and reported, except that
+ * a missing modules_to_save tensor is PC_ERR_KEY. */
+pc_status pc_adapter_load(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source, uint64_t seed,
+                          pc_load_report *report, pc_error *err);
+
+/* The name of tensor t: in a state dict of the adapter (with_adapter_name
+ * false, e.g. "a.b.lora_A.weight") or of the model ("a.b.lora_A.NAME.weight").
+ * Returned text lives in `pool`. */
+pc_status pc_tensor_name(const pc_registry *registry, const pc_adapter *adapter, const pc_tensor *tensor,
+                         bool with_adapter_name, pc_pool *pool, pc_string *out, pc_error *err);
+
+/* ------------------------------------------------------------------ forward */
+
+/* The base weight and bias that are in effect for a module under an
+ * activation: the module's own, a modules_to_save copy, an adapter's bias, or
+ * merged ones. */
+void pc_effective_weights(const pc_activation *activation, int32_t module_index, const void **weight,
+                          const void **bias);
+
+/* Run a module with everything that is active on it.
+ * y is fully written.  With nothing active it is the base operation alone. */
+pc_status pc_forward(const pc_call *call, const pc_activation *activation, const void *x, void *y, pc_error *err);
+
+/* The base operation of call->module (kernels). */
+pc_status pc_base_forward(const pc_call *call, const void *x, void *y, pc_pool *scratch, pc_error *err);
+
+/* --------------------------------------------------------------------- merge */
+
+/* New merged weights: base + every adapter in `names` order (all of the
+ * activation's when count is 0).  safe_merge refuses NaN/Inf with the module's
+ * name ("NaNs detected in the merged weights. The adapter X seems to be broken"). */
+pc_status pc_merge(pc_runtime *rt, pc_registry *registry, pc_adapter *const *adapters, size_t count, bool safe_merge,
+                   pc_merged **out, pc_error *err);
+
+#endif

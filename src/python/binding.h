@@ -1,0 +1,51 @@
+/* What the files of the Python binding share: the module's state, and how C
+ * errors become exceptions. */
+#ifndef PEFTC_PYTHON_BINDING_H
+#define PEFTC_PYTHON_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL peftc_array_api
+#ifndef PEFTC_IMPORTS_NUMPY /* module.c alone defines it */
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "../core/parallel.h"
+#include "../core/status.h"
+
+typedef struct peftc_state {
+    pc_runtime *rt;
+    PyObject *safetensor_error; /* peftc.safetensors.SafetensorError */
+    PyObject *unpickling_error; /* pickle.UnpicklingError, imported when first needed */
+    PyTypeObject *registry_type;
+    PyTypeObject *layer_type;   /* base of the nn layer types */
+    PyTypeObject *arena_type;   /* keeps an arena alive under its views */
+    PyTypeObject *safe_open_type;
+} peftc_state;
+
+extern struct PyModuleDef peftc_module;
+
+static inline peftc_state *peftc_get_state(PyObject *module) { return (peftc_state *)PyModule_GetState(module); }
+
+/* The state from an instance of one of our heap types; NULL with an exception set. */
+static inline peftc_state *peftc_state_of_type(PyTypeObject *type)
+{
+    PyObject *module = PyType_GetModuleByDef(type, &peftc_module);
+    return module != NULL ? peftc_get_state(module) : NULL;
+}
+
+/* Raise *err as the right exception type; always returns NULL. */
+PyObject *peftc_raise(peftc_state *state, const pc_error *err);
+
+/* Each binding file adds its functions and types here; 0 on success, -1 with an exception. */
+int peftc_add_safetensors(PyObject *module, peftc_state *state);
+int peftc_add_formats(PyObject *module, peftc_state *state);  /* adapter_config and .bin */
+int peftc_add_registry(PyObject *module, peftc_state *state);
+int peftc_add_layers(PyObject *module, peftc_state *state);   /* nn layer types */
+int peftc_add_functional(PyObject *module, peftc_state *state);
+
+#endif
