@@ -43,7 +43,8 @@ PyObject *peftc_raise(peftc_state *state, const pc_error *err);
 
 /* Each binding file adds its functions and types here; 0 on success, -1 with an exception. */
 int peftc_add_safetensors(PyObject *module, peftc_state *state);
-int peftc_add_formats(PyObject *module, peftc_state *state);  /* adapter_config and .bin */
+int peftc_add_config(PyObject *module, peftc_state *state);     /* adapter_config.json */
+int peftc_add_torch_bin(PyObject *module, peftc_state *state);  /* adapter_model.bin */
 int peftc_add_registry(PyObject *module, peftc_state *state);
 int peftc_add_layers(PyObject *module, peftc_state *state);   /* nn layer types */
 int peftc_add_functional(PyObject *module, peftc_state *state);

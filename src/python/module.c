@@ -110,8 +110,8 @@ static int exec_module(PyObject *module)
     if (state->safetensor_error == NULL ||
         PyModule_AddObjectRef(module, "SafetensorError", state->safetensor_error) < 0)
         return -1;
-    if (peftc_add_safetensors(module, state) < 0 || peftc_add_formats(module, state) < 0 ||
-        peftc_add_registry(module, state) < 0 || peftc_add_layers(module, state) < 0 ||
+    if (peftc_add_safetensors(module, state) < 0 || peftc_add_config(module, state) < 0 ||
+        peftc_add_torch_bin(module, state) < 0 || peftc_add_registry(module, state) < 0 || peftc_add_layers(module, state) < 0 ||
         peftc_add_functional(module, state) < 0)
         return -1;
     return 0;
