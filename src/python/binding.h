@@ -22,7 +22,8 @@ typedef struct peftc_state {
     PyObject *safetensor_error; /* peftc.safetensors.SafetensorError */
     PyObject *unpickling_error; /* pickle.UnpicklingError, imported when first needed */
     PyTypeObject *registry_type;
-    PyTypeObject *layer_type;   /* base of the nn layer types */
+    PyTypeObject *module_type;  /* peftc._core.Module */
+    PyTypeObject *layer_type;   /* peftc._core.Layer: base of the nn layer types */
     PyTypeObject *arena_type;   /* keeps an arena alive under its views */
     PyTypeObject *safe_open_type;
 } peftc_state;

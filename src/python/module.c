@@ -123,6 +123,7 @@ static int traverse_module(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->safetensor_error);
     Py_VISIT(state->unpickling_error);
     Py_VISIT(state->registry_type);
+    Py_VISIT(state->module_type);
     Py_VISIT(state->layer_type);
     Py_VISIT(state->arena_type);
     Py_VISIT(state->safe_open_type);
@@ -135,6 +136,7 @@ static int clear_module(PyObject *module)
     Py_CLEAR(state->safetensor_error);
     Py_CLEAR(state->unpickling_error);
     Py_CLEAR(state->registry_type);
+    Py_CLEAR(state->module_type);
     Py_CLEAR(state->layer_type);
     Py_CLEAR(state->arena_type);
     Py_CLEAR(state->safe_open_type);
