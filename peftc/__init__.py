@@ -1,0 +1,44 @@
+"""peftc: adapters (LoRA, IA3, AdaLora) on a model, in C.
+
+Only the C core is loaded here; every other name is imported when it is first used, so that `import peftc` costs
+little more than `import numpy`.
+"""
+
+from __future__ import annotations
+
+from ._core import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+# Where each public name comes from. `docs/make_api.py` documents exactly these.
+_EXPORTS = {
+    "PeftAdapterMixin": "mixin",
+    "PeftConfig": "config",
+    "LoraConfig": "config",
+    "IA3Config": "config",
+    "AdaLoraConfig": "config",
+    "PeftType": "config",
+    "TaskType": "config",
+    "load_adapter_weights": "weights",
+    "manual_seed": "_random",
+    "show_config": "_show",
+}
+_MODULES = ("models", "nn", "optim", "safetensors")
+
+__all__ = ["get_num_threads", "set_num_threads", *_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    # Not importlib.import_module: it costs more than the rest of this file.
+    if name in _MODULES:
+        __import__(f"{__name__}.{name}")
+        return globals()[name]
+    if name in _EXPORTS:
+        value = getattr(__import__(f"{__name__}.{_EXPORTS[name]}", fromlist=[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
