@@ -1,0 +1,218 @@
+"""What is settled about a config before an adapter is made: defaults that depend on the model, and conflicts with the
+adapters that are there already.  Nothing here changes the model or the config; the mixin does so when all has worked.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .hosts import Host
+
+#: target_modules=None: what each method adapts, by the model's `model_type`. The values are PEFT's.
+DEFAULT_TARGETS: dict[str, dict[str, list[str]]] = {
+    "LORA": {
+        "bert": ["query", "value"],
+        "roberta": ["query", "value"],
+        "gpt2": ["c_attn"],
+        "llama": ["q_proj", "v_proj"],
+        "mistral": ["q_proj", "v_proj"],
+        "qwen2": ["q_proj", "v_proj"],
+    },
+    "ADALORA": {
+        "bert": ["query", "value"],
+        "roberta": ["query", "key", "value", "dense"],
+        "gpt2": ["c_attn"],
+        "llama": ["q_proj", "v_proj"],
+        "mistral": ["q_proj", "v_proj"],
+        "qwen2": ["q_proj", "v_proj"],
+    },
+    "IA3": {
+        "bert": ["key", "value", "output.dense"],
+        "roberta": ["key", "value", "output.dense"],
+        "gpt2": ["c_attn", "mlp.c_proj"],
+        "llama": ["k_proj", "v_proj", "down_proj"],
+        "mistral": ["k_proj", "v_proj", "down_proj"],
+        "qwen2": ["k_proj", "v_proj", "down_proj"],
+    },
+}
+
+#: IA3's feedforward_modules=None, likewise.
+DEFAULT_FEEDFORWARD: dict[str, list[str]] = {
+    "bert": ["output.dense"],
+    "roberta": ["output.dense"],
+    "gpt2": ["mlp.c_proj"],
+    "llama": ["down_proj"],
+    "mistral": ["down_proj"],
+    "qwen2": ["down_proj"],
+}
+
+#: A list of at least so many targets is replaced by the fewest suffixes that say the same (PEFT does, and saves those).
+MANY_TARGETS = 20
+
+#: Heads that "all-linear" leaves out when task_type is SEQ_CLS and the model has no output embedding.
+CLASSIFIER_NAMES = ("score", "classifier")
+
+#: Adapters of one family share PEFT's layer classes: loading one replaces the active ones of its own family only.
+FAMILY = {"LORA": "lora", "ADALORA": "lora", "IA3": "ia3"}
+
+
+def method_of(config: Any) -> str:
+    """The config's peft_type as plain text: "LORA", "IA3", "ADALORA"."""
+    value = getattr(config.peft_type, "value", config.peft_type)
+    return str(value)
+
+
+def check_name(name: Any) -> str:
+    """The adapter name to use: "default" for None and "".
+
+    Raises:
+        TypeError: not a str.
+        ValueError: a name that cannot be part of a parameter's name.
+    """
+    if name is None or name == "":
+        return "default"
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a str, got {name!r}")
+    if "." in name:
+        raise ValueError(
+            f"adapter name {name!r} contains a dot: the name becomes one part of the parameters' dotted names "
+            f"(lora_A.{name}.weight), so a dot would split it. Use for example {name.replace('.', '_')!r}"
+        )
+    if "\0" in name:
+        raise ValueError(f"adapter name {name!r} contains a NUL character")
+    return name
+
+
+def check_against(config: Any, others: Mapping[str, Any]) -> None:
+    """Refuse a config that cannot live beside the adapters that are there, as PEFT does.
+
+    Raises:
+        ValueError: a second adapter with bias other than "none", or a second trainable one when this is an AdaLora.
+    """
+    method = method_of(config)
+    if getattr(config, "bias", "none") != "none":
+        biased = [name for name, other in others.items() if getattr(other, "bias", "none") != "none"]
+        if biased:
+            raise ValueError(
+                f"a model takes one adapter with bias other than 'none', and adapter {biased[0]} has "
+                f"bias={others[biased[0]].bias!r} already; set bias='none' or delete that adapter first"
+            )
+    if method == "ADALORA" and not config.inference_mode:
+        trainable = [name for name, other in others.items() if FAMILY.get(method_of(other)) == "lora"]
+        trainable = [name for name in trainable if not others[name].inference_mode]
+        if trainable:
+            raise ValueError(
+                f"AdaLora allows one trainable adapter on a model, and adapter {trainable[0]} is trainable already; set "
+                "inference_mode=True in all configs but the one to train"
+            )
+
+
+def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of `config` that depend on the model, with the values they get: target_modules, feedforward_modules.
+
+    Args:
+        modules: the model's modules with their dotted names, each module once.
+
+    Raises:
+        ValueError: target_modules (or IA3's feedforward_modules) is None and there is no default for this model.
+    """
+    method = method_of(config)
+    settled: dict[str, Any] = {}
+    targets = getattr(config, "target_modules", None)
+    if targets is None:
+        targets = _default(DEFAULT_TARGETS.get(method, {}), "target_modules", model, host)
+        settled["target_modules"] = targets if method == "ADALORA" else set(targets)
+    if method == "IA3" and getattr(config, "feedforward_modules", None) is None:
+        settled["feedforward_modules"] = set(_default(DEFAULT_FEEDFORWARD, "feedforward_modules", model, host))
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = settled["target_modules"] = _all_linear(config, model, host, modules)
+    if isinstance(targets, (list, set, tuple)) and len(targets) >= MANY_TARGETS and method != "IA3":
+        fewer = fewest_suffixes(targets, [name for name, _ in modules])
+        if len(fewer) < len(targets):
+            settled["target_modules"] = fewer
+    return settled
+
+
+def _default(table: Mapping[str, list[str]], field: str, model: Any, host: Host) -> list[str]:
+    model_type = host.model_config(model).get("model_type")
+    if model_type not in table:
+        raise ValueError(
+            f"Please specify `{field}` in `peft_config`: there is no default for a model of type {model_type!r} (there "
+            f"is one for {', '.join(table)})"
+        )
+    return list(table[model_type])
+
+
+def _all_linear(config: Any, model: Any, host: Host, modules: list[tuple[str, Any]]) -> set[str]:
+    names = {name for name, module in modules if host.kind(module) in ("Linear", "Conv1D")}
+    head = host.output_embedding(model)
+    if head is None and str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
+        head = next((name for name in CLASSIFIER_NAMES if getattr(model, name, None) is not None), None)
+    names.discard(head or "")
+    return names
+
+
+def _suffixes(name: str) -> list[str]:
+    """ "a.b.c" → ["c", "b.c", "a.b.c"]"""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def fewest_suffixes(targets: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The shortest list of name endings that selects the same of `names` as `targets` does.
+
+    Greedy in a fixed order, so that the same list comes out as in PEFT: targets by their last parts, and for each that
+    is not covered yet its shortest suffix that no other module has.
+    """
+    wanted = set(targets)
+    if "" in wanted:
+        raise ValueError("target_modules has an empty string, which would name the model itself")
+    taken = {
+        suffix
+        for name in names
+        if not any(suffix in wanted for suffix in _suffixes(name))
+        for suffix in _suffixes(name)
+    }
+    chosen: set[str] = set()
+    for suffixes in sorted(_suffixes(target) for target in wanted):
+        for suffix in suffixes:
+            covered = any(inner in chosen for inner in suffixes[:-1])
+            if suffix not in chosen and suffix not in taken and not covered:
+                chosen.add(suffix)
+                break
+    return chosen or wanted
+
+
+def settle_orientation(config: Any, adapted: Iterable[str], kinds: Mapping[str, str]) -> bool:
+    """fan_in_fan_out after all adapted layers had their say, with a warning when it changes.
+
+    torch's Linear stores (out, in) and GPT-2's Conv1D (in, out); the layer's class decides, and the flag follows.
+    """
+    flag = bool(getattr(config, "fan_in_fan_out", False))
+    for name in adapted:
+        kind = kinds.get(name)
+        if kind == "Linear" and flag:
+            warnings.warn(
+                f"fan_in_fan_out=True, but {name} is a Linear, which stores (out, in): the config gets False",
+                stacklevel=4,
+            )
+            flag = False
+        elif kind == "Conv1D" and not flag:
+            warnings.warn(
+                f"fan_in_fan_out=False, but {name} is a Conv1D, which stores (in, out): the config gets True",
+                stacklevel=4,
+            )
+            flag = True
+    return flag
+
+
+def name_in_model(key: str, adapter: str, prefix: str) -> str:
+    """A state-dict key as it would be called in the model: "a.lora_A.weight" → "a.lora_A.NAME.weight".
+
+    A key without the method's prefix ("lora_", "ia3_") comes back as it is.
+    """
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if part.startswith(prefix):
+            return ".".join([*parts[: i + 1], adapter, *parts[i + 1 :]])
+    return key

@@ -1,0 +1,64 @@
+"""Hosts: what owns a model.
+
+A host answers what the mixin cannot know: which modules a model has and what they are called, which one is its output
+embedding, and what must happen to the model when its adapters change.  Everything else is in `PeftAdapterMixin` and
+in the C core.  A second host is a second class with these methods and a row in `_HOSTS`.
+"""
+
+from typing import Any, Protocol
+
+from .._core import AdapterRegistry
+
+
+class Host(Protocol):
+    """What the mixin asks of a host. Every `model` argument is the model that the adapters are put on."""
+
+    name: str
+
+    def owns(self, model: object) -> bool:
+        """Is this a model of this host?"""
+
+    def named_modules(self, model: Any) -> list[tuple[str, Any]]:
+        """Every module below the model with its dotted name, the model itself first as "".
+
+        A module that is reachable under several names is listed under each of them."""
+
+    def kind(self, module: Any) -> str:
+        """torch's class name of what the module does: "Linear", "Conv1D", "Conv2d", "Embedding", … or ""."""
+
+    def output_embedding(self, model: Any) -> str | None:
+        """Dotted name of the head over the vocabulary, or None."""
+
+    def model_config(self, model: Any) -> dict[str, Any]:
+        """The model's configuration; {"model_type": "custom"} when it has none."""
+
+    def device(self, model: Any) -> str:
+        """The device that the model is on, for messages."""
+
+    def check_device(self, device: Any, argument: str) -> None:
+        """Raise ValueError if adapters cannot be put on `device`, given as `argument`."""
+
+    def as_array(self, tensor: Any) -> Any:
+        """A caller's tensor as something that the registry reads."""
+
+    def adapters_changed(self, model: Any, registry: AdapterRegistry) -> None:
+        """Called after adapters were added or removed."""
+
+    def activation_changed(self, model: Any, registry: AdapterRegistry) -> None:
+        """Called after the active adapters, or whether they apply, changed."""
+
+
+def host_of(model: object) -> Host:
+    """The host that owns this model.
+
+    Raises:
+        TypeError: none does; the text says what would be needed.
+    """
+    from .numpy_host import HOST
+
+    if HOST.owns(model):
+        return HOST
+    raise TypeError(
+        f"peftc cannot put adapters on a {type(model).__module__}.{type(model).__qualname__}: a model is a class that "
+        "inherits from peftc.PeftAdapterMixin and peftc.nn.Module"
+    )

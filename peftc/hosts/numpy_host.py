@@ -1,0 +1,87 @@
+"""The NumPy host: models built from peftc.nn, weights in memory or mapped from a file, CPU only.
+
+The layers are C types that look up the registry's activation in their forward pass, so nothing in the model has to be
+replaced or flipped when adapters come, go or switch.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+
+#: Values of device_map that leave the placement to the host; here that is always the CPU.
+_AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
+
+
+class NumpyHost:
+    """See `peftc.hosts.Host`."""
+
+    name = "numpy"
+
+    def owns(self, model: object) -> bool:
+        return isinstance(model, _core.Module)
+
+    def named_modules(self, model: Any) -> list[tuple[str, Any]]:
+        return list(model.named_modules(remove_duplicate=False))
+
+    def kind(self, module: Any) -> str:
+        return module.kind if isinstance(module, _core.Layer) else ""
+
+    def output_embedding(self, model: Any) -> str | None:
+        get = getattr(model, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        if head is None:
+            return None
+        return next((name for name, module in model.named_modules() if module is head), None)
+
+    def model_config(self, model: Any) -> dict[str, Any]:
+        config = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        if isinstance(config, dict):
+            return config
+        return dict(vars(config)) if hasattr(config, "__dict__") else {"model_type": "custom"}
+
+    def device(self, model: Any) -> str:
+        return "cpu"
+
+    def check_device(self, device: Any, argument: str) -> None:
+        """Accepts the CPU in any spelling (None, "cpu", "auto", {"": "cpu"}, torch.device("cpu")), refuses the rest."""
+        if isinstance(device, dict):
+            for module, place in device.items():
+                self.check_device(place, f"{argument}[{module!r}]")
+            return
+        if device is None:
+            return
+        text = device if isinstance(device, str) else str(getattr(device, "type", device))
+        if text in _AUTOMATIC or text.partition(":")[0] == "cpu":
+            return
+        if text == "disk":
+            raise ValueError(
+                f'{argument}="disk" is not needed on this host: base weights read by peftc.models are mapped from '
+                'their file already, and adapters are kept in memory. Use "cpu"'
+            )
+        raise ValueError(
+            f'{argument} names {device!r}, but this model runs on NumPy, which has the CPU only. Leave {argument} out or '
+            'pass "cpu"; a GPU needs a torch model'
+        )
+
+    def as_array(self, tensor: Any) -> Any:
+        """NumPy arrays as they are; torch tensors as arrays over the same memory where NumPy has their dtype."""
+        if isinstance(tensor, np.ndarray) or not hasattr(tensor, "detach"):
+            return tensor
+        tensor = tensor.detach().cpu()
+        try:
+            return tensor.numpy()
+        except TypeError:  # bfloat16, float8: NumPy has no such dtype; float32 holds all their values
+            return tensor.float().numpy()
+
+    def adapters_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
+        pass
+
+    def activation_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
+        pass
+
+
+HOST = NumpyHost()

@@ -1,0 +1,654 @@
+"""`PeftAdapterMixin`: adapters on a model, under the names and signatures of Transformers' mixin of that name.
+
+The signatures and what they promise are those of Transformers 4.56.2's documentation (main_classes/peft).  The work is
+done by the C core (`peftc._core.AdapterRegistry`); a method here checks names, finds files and keeps `peft_config`.
+"""
+# ruff: noqa: UP007, UP045  (the annotations are those of the documented signatures)
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any, Optional, Union
+
+from . import _prepare
+from ._core import AdapterRegistry
+from ._random import next_seed
+
+_NOT_LOADED = "No adapter loaded. Please load an adapter first."
+_PREFIX = "base_model.model."
+
+
+def _logger() -> Any:
+    """Transformers' logger for adapters, by name: filters and tests that know it go on working."""
+    import logging
+
+    return logging.getLogger("transformers.integrations.peft")
+
+
+class _Attachment:
+    """What a model with adapters carries besides `peft_config`: its registry and who knows how to walk it."""
+
+    __slots__ = ("host", "lock", "registry")
+
+    def __init__(self, model: object) -> None:
+        from threading import RLock
+
+        from .hosts import host_of
+
+        self.host = host_of(model)
+        self.registry = AdapterRegistry()
+        self.lock = RLock()
+
+
+class PeftAdapterMixin:
+    """Adapters for a model: load, add, switch, combine, save, merge and delete them.
+
+    Put it before the model class: ``class Model(peftc.PeftAdapterMixin, peftc.nn.Module)``. The models of
+    `peftc.models` have it already.
+
+    Methods known: LoRA, IA3 and AdaLora. Prompt and prefix methods change a model's inputs, not its layers, and are
+    refused.
+
+    Any number of adapters can be loaded; the *active* ones apply, in the order of the list, and only while adapters are
+    *enabled*. Changing either costs the same for any model and any number of adapters, and takes effect between
+    forward passes: one that runs on another thread finishes as it began.
+
+    A refused call (any exception) leaves the model as it was.
+
+    Attributes:
+        peft_config: name → config of every loaded adapter. Exists while there is an adapter.
+        _hf_peft_config_loaded: whether there is one. Transformers looks at it.
+    """
+
+    _hf_peft_config_loaded: bool = False
+    _peftc_attachment: Optional[_Attachment] = None
+    peft_config: dict[str, Any]
+
+    # ------------------------------------------------------------ new adapters
+
+    def load_adapter(
+        self,
+        peft_model_id: Optional[str] = None,
+        adapter_name: Optional[str] = None,
+        revision: Optional[str] = None,
+        token: Optional[str] = None,
+        device_map: Optional[str] = "auto",
+        max_memory: Optional[str] = None,
+        offload_folder: Optional[str] = None,
+        offload_index: Optional[int] = None,
+        peft_config: Optional[dict[str, Any]] = None,
+        adapter_state_dict: Optional[dict[str, "torch.Tensor"]] = None,  # noqa: F821  (the documented annotation)
+        low_cpu_mem_usage: bool = False,
+        is_trainable: bool = False,
+        adapter_kwargs: Optional[dict[str, Any]] = None,
+    ) -> None:
+        """Load an adapter from a folder, from the Hub or from a state dict, and activate it.
+
+        The other active adapters of the same family (LoRA and AdaLora; IA3) become inactive, and so does one that
+        replaces the same module (modules_to_save). If adapters are disabled they stay disabled.
+
+        Args:
+            peft_model_id: folder with adapter_config.json and adapter_model.safetensors (or .bin; `str` or
+                `os.PathLike`), or the id of a repository on the Hub.
+            adapter_name: "default" if None. A name that is taken is an error, one with a dot too.
+            revision: branch, tag, commit or "refs/pr/N" on the Hub.
+            token: access token for the Hub.
+            device_map: where to put the adapter. This host has the CPU: "auto", "cpu", None or a dict of those.
+            max_memory: for splitting a model over devices; without effect on a host with one device.
+            offload_folder: where to put what device_map sends to disk; without effect, as nothing is.
+            offload_index: likewise.
+            peft_config: a config (or a dict of its fields) instead of the folder's adapter_config.json.
+            adapter_state_dict: name → array instead of a file; needs `peft_config`. Names may start with
+                "base_model.model.". Arrays are copied and converted to the base layer's dtype.
+            low_cpu_mem_usage: without effect: a load reads each tensor once, to where it stays.
+            is_trainable: leave the adapter trainable. Otherwise it is frozen and the model goes to eval mode. With
+                `peft_config`, that config's inference_mode decides instead.
+            adapter_kwargs: subfolder, cache_dir, local_files_only, force_download, revision, token, proxies and the like for
+                the download; `device`; `key_mapping`, a dict of regular expression → replacement that renames tensors
+                (the first that matches counts). The dict is not changed.
+
+        Raises:
+            ValueError: the name is taken; nothing to load was given; files are missing; target modules, shapes or values do
+                not fit the model; a device that this host does not have.
+            TypeError: `peft_config` or an argument of the wrong type.
+            KeyError: a tensor of modules_to_save is missing; an unknown method.
+            OSError: the folder or repository cannot be read.
+            SafetensorError, pickle.UnpicklingError: the weights file is damaged or malicious.
+
+        Missing and unexpected tensors are logged as warnings (logger "transformers.integrations.peft").
+        """
+        name = self._new_name(adapter_name)
+        options = dict(adapter_kwargs) if adapter_kwargs else {}
+        key_mapping = options.pop("key_mapping", None)
+        if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
+            raise ValueError(
+                "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
+            )
+        attached = self._attachment()
+        attached.host.check_device(device_map, "device_map")
+        attached.host.check_device(options.pop("device", None), 'adapter_kwargs["device"]')
+        if revision is not None and options.setdefault("revision", revision) != revision:
+            _logger().error(
+                "You passed a `revision` argument both in `adapter_kwargs` and as a standalone argument. "
+                "The one in `adapter_kwargs` will be used."
+            )
+        options.setdefault("token", token)
+
+        source: Any = adapter_state_dict
+        label = "config"
+        if peft_model_id is not None:
+            from .hub import AdapterFiles
+
+            files = AdapterFiles(peft_model_id, **options)
+            if peft_config is None:
+                label = files.config()
+                config = _read_config(label)
+                config.inference_mode = not is_trainable
+            source = files.weights()
+        if peft_config is not None:
+            config = _as_config(peft_config, "peft_config")
+        if key_mapping or not isinstance(source, str):
+            source = _renamed(_read_weights(source), key_mapping, attached.host)
+
+        origin = peft_model_id if peft_model_id is not None else "state_dict"
+        self._attach(attached, name, config, label, source, origin)
+
+    def add_adapter(self, adapter_config, adapter_name: Optional[str] = None) -> None:
+        """Make a fresh adapter to train, and activate it alone.
+
+        Its tensors are initialised as the config says (`init_lora_weights`, …); `peftc.manual_seed` makes the draws
+        repeat. Base parameters are frozen from then on.
+
+        Args:
+            adapter_config: a `peftc.LoraConfig`, `IA3Config` or `AdaLoraConfig`, or PEFT's own of these. It is kept, not copied:
+                target_modules=None and "all-linear" are replaced by the names found, and base_model_name_or_path is set.
+            adapter_name: "default" if None.
+
+        Raises:
+            ValueError: the name is taken or has a dot; no module matches the targets; a value that cannot work.
+            TypeError: not a config.
+            NotImplementedError: a combination that peftc has no code for, by name.
+        """
+        name = self._new_name(adapter_name)
+        if not _is_config(adapter_config):
+            raise TypeError(f"adapter_config should be an instance of PeftConfig. Got {type(adapter_config)} instead.")
+        self._attach(self._attachment(), name, adapter_config, "config", None, None)
+
+    def _new_name(self, adapter_name: Optional[str]) -> str:
+        name = _prepare.check_name(adapter_name)
+        if self._hf_peft_config_loaded and name in self.peft_config:
+            raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        return name
+
+    def _attachment(self) -> _Attachment:
+        """The model's attachment: the one it has, or a new one that is kept once an adapter is on it."""
+        attached = self._peftc_attachment
+        return attached if attached is not None else _Attachment(self)
+
+    def _attach(
+        self, attached: _Attachment, name: str, config: Any, label: str, source: Any, origin: Optional[Any]
+    ) -> None:
+        """Make adapter `name` from `config`, fresh (source None) or filled from source, and activate it."""
+        with attached.lock:
+            registry, host = attached.registry, attached.host
+            adding = source is None
+            others = self.peft_config if self._hf_peft_config_loaded else {}
+            if name in others:
+                raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+            _prepare.check_against(config, others)
+            modules = host.named_modules(self)
+            once = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
+            settled = _prepare.settle_targets(config, self, host, once)
+            if adding:
+                settled["base_model_name_or_path"] = self.__dict__.get("name_or_path", None)
+            registry.bind(modules, host.output_embedding(self))
+            text = _as_json(config, settled)
+            missing: list[str] = []
+            unexpected: list[str] = []
+            if adding:
+                registry.add(name, text, label=label, seed=next_seed(), trainable=True)
+            else:
+                trainable = not config.inference_mode
+                missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
+
+            merged = registry.merged()
+            try:
+                kinds = {path: host.kind(module) for path, module in once}
+                if getattr(config, "fan_in_fan_out", False) or "Conv1D" in kinds.values():
+                    settled["fan_in_fan_out"] = _prepare.settle_orientation(
+                        config, registry.adapted_modules(name), kinds
+                    )
+                kept = [] if adding else _stay_active(registry, name)
+                registry.activate([*kept, name])
+            except BaseException:
+                registry.remove(name)
+                raise
+            # From here on nothing fails: the adapter is in.
+            for field, value in settled.items():
+                setattr(config, field, value)
+            for other in kept:
+                registry.set_trainable(other, False)
+            if not self._hf_peft_config_loaded:
+                self._peftc_attachment = attached
+                self.peft_config = {}
+                self._hf_peft_config_loaded = True
+            self.peft_config[name] = config
+            host.adapters_changed(self, registry)
+            host.activation_changed(self, registry)
+            if merged:
+                _unmerge(registry, merged, f"adapter {name} was activated", 4)
+
+        if missing or unexpected:
+            _report_keys(registry, name, origin, missing, unexpected)
+        if not adding and config.inference_mode:
+            self.eval()
+
+    # ------------------------------------------------------- switching adapters
+
+    def set_adapter(self, adapter_name: Union[list[str], str]) -> None:
+        """Make one adapter, or several at once, the active ones; all others become inactive.
+
+        Several apply in the order of the list. Adapters named here become trainable. Constant time.
+
+        Args:
+            adapter_name: a name or a list of names; [] makes none active.
+
+        Raises:
+            ValueError: no adapter is loaded; an unknown name; two adapters that replace the same module
+                (modules_to_save), of which only one can be active.
+        """
+        if not self._hf_peft_config_loaded:
+            raise ValueError(_NOT_LOADED)
+        if isinstance(adapter_name, list):
+            names = adapter_name
+            self._check_known(names)
+        elif adapter_name in self.peft_config:
+            names = [adapter_name]
+        else:
+            raise ValueError(
+                f"Adapter with name {adapter_name} not found. Please pass the correct adapter name among "
+                f"{list(self.peft_config)}"
+            )
+        attached = self._attached()
+        registry = attached.registry
+        merged = registry.merged()
+        registry.activate(names)
+        for name in names:
+            registry.set_trainable(name, True)
+        if merged:
+            _unmerge(registry, merged, "adapters were set", 3)
+        attached.host.activation_changed(self, registry)
+
+    def disable_adapters(self) -> None:
+        """Run the base model alone, as if no adapter were there; which ones are active is remembered. Constant time.
+
+        Modules and biases that an adapter replaces are the base model's again too.
+
+        Raises:
+            ValueError: no adapter is loaded.
+        """
+        attached = self._attached()
+        attached.registry.enabled = False
+        attached.host.activation_changed(self, attached.registry)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters apply again. Constant time. Raises ValueError when no adapter is loaded."""
+        attached = self._attached()
+        registry = attached.registry
+        registry.enabled = True
+        for name in registry.active():
+            registry.set_trainable(name, True)
+        attached.host.activation_changed(self, registry)
+
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters in the order they apply, in a new list; the same while disabled.
+
+        Raises:
+            ValueError: no adapter is loaded.
+        """
+        return self._attached().registry.active()
+
+    def active_adapter(self) -> str:
+        """Deprecated: the first of `active_adapters`. Raises IndexError if none is active."""
+        warnings.warn(
+            "The `active_adapter` method is deprecated and will be removed in a future version.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.active_adapters()[0]
+
+    def _attached(self) -> _Attachment:
+        if not self._hf_peft_config_loaded or self._peftc_attachment is None:
+            raise ValueError(_NOT_LOADED)
+        return self._peftc_attachment
+
+    def _check_known(self, names: Iterable[Any]) -> None:
+        missing = [name for name in names if name not in self.peft_config]
+        if missing:
+            raise ValueError(
+                f"Following adapter(s) could not be found: {', '.join(map(str, missing))}. Make sure you are passing the "
+                f"correct adapter name(s). current loaded adapters are: {list(self.peft_config)}"
+            )
+
+    # --------------------------------------------------------- state and files
+
+    def get_adapter_state_dict(self, adapter_name: Optional[str] = None, state_dict: Optional[dict] = None) -> dict:
+        """The tensors of one adapter under the names that its file has, without the adapter's name.
+
+        Args:
+            adapter_name: the first active adapter if None.
+            state_dict: take the tensors from here instead of from the model: a dict as `model.state_dict()` gives it,
+                whose names carry the adapter's ("….lora_A.NAME.weight"). What it lacks is left out.
+
+        Returns:
+            name → array. Without `state_dict` the arrays share memory with the adapter: writing to them changes it,
+            and they keep its memory alive. modules_to_save appear under the module's own name.
+
+        Raises:
+            ValueError: no adapter is loaded.
+            KeyError: an unknown name.
+            IndexError: no name was given and none is active.
+        """
+        attached = self._attached()
+        registry = attached.registry
+        name = adapter_name if adapter_name is not None else registry.active()[0]
+        if name not in self.peft_config:
+            raise KeyError(name)
+        if state_dict is None:
+            return registry.state_dict(name)
+        rows = registry.tensors(name)
+        return {key: state_dict[full] for key, full, _, saved, _, _ in rows if saved and full in state_dict}
+
+    def trainable_parameters(self) -> dict[str, Any]:
+        """The tensors that a training step would change now: name in the model → array (shared memory).
+
+        Those of active adapters that are trainable, while adapters are enabled: the adapter's own, its modules_to_save
+        and, with bias other than "none", biases. Empty without an adapter, as base weights are read-only here.
+        """
+        if not self._hf_peft_config_loaded:
+            return {}
+        registry = self._attached().registry
+        if not registry.enabled:
+            return {}
+        return {
+            full: array
+            for name in registry.active()
+            if registry.trainable(name)
+            for _, full, array, _, trainable, _ in registry.tensors(name)
+            if trainable
+        }
+
+    def save_adapter(
+        self,
+        save_directory: Union[str, "os.PathLike[str]"],
+        adapter_name: Optional[str] = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write adapter_config.json and adapter_model.safetensors: a folder that `load_adapter` and PEFT load.
+
+        The bytes are those that PEFT's `save_pretrained` writes, with inference_mode true. Each file is written beside
+        its old version and then takes its place, so a save that fails or is killed leaves the old file whole.
+
+        Args:
+            save_directory: folder, made if need be.
+            adapter_name: the active adapter if None.
+            safe_serialization: must be True; peftc reads adapter_model.bin but writes no pickles.
+
+        Raises:
+            ValueError: no adapter is loaded, several are active and none was named, the folder is a file, or
+                safe_serialization is False.
+            KeyError: an unknown name.
+            IndexError: no name was given and none is active.
+            OSError: the folder cannot be written.
+        """
+        attached = self._attached()
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False would write adapter_model.bin, a pickle; peftc reads those but writes "
+                "safetensors only, which every version of PEFT since 0.5 loads"
+            )
+        active = attached.registry.active()
+        if adapter_name is None and len(active) > 1:
+            raise ValueError(
+                f"several adapters are active ({', '.join(active)}), and a folder holds one: pass adapter_name and save "
+                "them one by one"
+            )
+        name = adapter_name if adapter_name is not None else active[0]
+        if name not in self.peft_config:
+            raise KeyError(name)
+        folder = os.fspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+        os.makedirs(folder, exist_ok=True)
+        from .hub import CONFIG_NAME, SAFETENSORS_NAME
+
+        attached.registry.save(name, os.path.join(folder, SAFETENSORS_NAME), _PREFIX)
+        _write_config(self.peft_config[name], os.path.join(folder, CONFIG_NAME))
+
+    def delete_adapter(self, adapter_names: Union[list[str], str]) -> None:
+        """Delete adapters and free their memory.
+
+        The other active ones stay active in their order. If none is left, the first of the remaining adapters by
+        name becomes active, with a warning. With the last adapter the model is the plain base model again.
+
+        Args:
+            adapter_names: a name or a list of names; [] deletes none.
+
+        Raises:
+            ValueError: no adapter is loaded, or a name is unknown; nothing is deleted then.
+        """
+        attached = self._attached()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        with attached.lock:
+            missing = [name for name in names if name not in self.peft_config]
+            if missing:
+                raise ValueError(
+                    "The following adapter(s) are not present and cannot be deleted: " + ", ".join(map(str, missing))
+                )
+            registry = attached.registry
+            merged = registry.merged()
+            if any(name in names for name in merged):
+                _unmerge(registry, merged, "one of them was deleted", 3)
+            had_active = registry.active()
+            for name in dict.fromkeys(names):
+                registry.remove(name)
+                del self.peft_config[name]
+            if not self.peft_config:
+                registry.enabled = True
+                del self.peft_config
+                self._hf_peft_config_loaded = False
+            elif had_active and not registry.active():
+                heir = min(self.peft_config)
+                registry.activate([heir])
+                registry.set_trainable(heir, True)
+                warnings.warn(
+                    f"Adapter {had_active[-1]} was active which is now deleted. Setting active adapter to {heir}.",
+                    stacklevel=2,
+                )
+            if names:
+                attached.host.adapters_changed(self, registry)
+                attached.host.activation_changed(self, registry)
+
+    # ------------------------------------------------------------------- merging
+
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """Fold adapters into copies of the base weights, so that a forward pass costs what the base model's does.
+
+        Args:
+            adapter_names: the active ones if None. Those merged already stay merged.
+            safe_merge: refuse a result with NaN or infinity.
+
+        Raises:
+            ValueError: no adapter is loaded; an unknown name; a str instead of a list; safe_merge found NaN or infinity,
+                named by module.
+
+        `unmerge_adapter` gives the base weights back bit for bit: they were not touched.
+        """
+        attached = self._attached()
+        if isinstance(adapter_names, str):
+            raise ValueError(  # noqa: TRY004  (the type that PEFT raises)
+                f"adapter_names should be a list of strings, got {adapter_names!r}."
+            )
+        registry = attached.registry
+        with attached.lock:
+            names = registry.active() if adapter_names is None else list(adapter_names)
+            self._check_known(names)
+            merged = registry.merged()
+            new = [name for name in names if name not in merged]
+            if merged and not new:
+                warnings.warn(f"already merged, nothing to do: {', '.join(names)}", stacklevel=2)
+                return
+            if merged:
+                warnings.warn(f"{', '.join(new)} is merged on top of {', '.join(merged)}", stacklevel=2)
+            registry.merge(names, safe_merge)
+            attached.host.activation_changed(self, registry)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the weights again; exact. Raises ValueError when no adapter is loaded."""
+        attached = self._attached()
+        with attached.lock:
+            if not attached.registry.merged():
+                warnings.warn("no adapter is merged, nothing to do", stacklevel=2)
+                return
+            attached.registry.unmerge()
+            attached.host.activation_changed(self, attached.registry)
+
+
+def _unmerge(registry: AdapterRegistry, merged: list[str], why: str, stacklevel: int) -> None:
+    """Merged weights stand for what was active when they were made; they go when that changes."""
+    if registry.merged():
+        registry.unmerge()
+    warnings.warn(f"{', '.join(merged)} was merged and is unmerged now, as {why}", stacklevel=stacklevel)
+
+
+# ------------------------------------------------------------------- configs
+
+
+def _config_types() -> tuple[type, ...]:
+    """Our PeftConfig, and PEFT's if something has imported peft."""
+    import sys
+
+    from .config import PeftConfig
+
+    theirs = getattr(sys.modules.get("peft"), "PeftConfig", None)
+    return (PeftConfig, theirs) if theirs is not None else (PeftConfig,)
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, _config_types())
+
+
+def _as_config(value: Any, argument: str) -> Any:
+    """A config as it is, or made from a dict of its fields."""
+    if _is_config(value):
+        return value
+    if isinstance(value, dict):
+        from .config import PeftConfig
+
+        if value.get("peft_type") is None:
+            raise ValueError(f'{argument} is a dict without "peft_type", which says what method it configures')
+        return PeftConfig.from_peft_type(**value)
+    raise TypeError(f"{argument} should be an instance of PeftConfig or a dict of its fields. Got {type(value)} instead.")
+
+
+def _read_config(path: str) -> Any:
+    from .config import PeftConfig
+
+    return PeftConfig.from_pretrained(os.path.dirname(path))
+
+
+def _as_json(config: Any, settled: dict[str, Any]) -> str:
+    """The config with `settled` filled in, as the core reads it. The config itself is not changed."""
+    from copy import copy
+
+    from .config import as_peftc_json
+
+    config = copy(config)
+    for field, value in settled.items():
+        setattr(config, field, value)
+    return as_peftc_json(config)
+
+
+def _write_config(config: Any, path: str) -> None:
+    """adapter_config.json as PEFT's `save_pretrained` writes it, atomically."""
+    import json
+    import tempfile
+
+    fields = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    fields["inference_mode"] = True
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".adapter_config-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+# ------------------------------------------------------------------- weights
+
+
+def _read_weights(source: Any) -> dict[str, Any]:
+    """All tensors of a weights file, or a caller's mapping as a dict."""
+    if isinstance(source, str):
+        from .weights import load_weights_file
+
+        return load_weights_file(source)
+    try:
+        return dict(source)
+    except (TypeError, ValueError):
+        raise TypeError(f"adapter_state_dict should be a dict of name -> array. Got {type(source)} instead.") from None
+
+
+def _renamed(tensors: dict[str, Any], key_mapping: Optional[dict[str, str]], host: Any) -> dict[str, Any]:
+    """Tensors under the names of this model: without PEFT's prefix, and after key_mapping."""
+    result = {}
+    for key, value in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"adapter_state_dict has a key that is no str: {key!r}")
+        name = key.removeprefix(_PREFIX)
+        for pattern, replacement in (key_mapping or {}).items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        result[name] = host.as_array(value)
+    return result
+
+
+def _stay_active(registry: AdapterRegistry, new: str) -> list[str]:
+    """The active adapters that a newly loaded one leaves active: those of the other family, unless both replace the
+    same module."""
+    family = _prepare.FAMILY.get(registry.peft_type(new))
+    replaced = set(registry.saved_modules(new))
+    return [
+        name
+        for name in registry.active()
+        if _prepare.FAMILY.get(registry.peft_type(name)) != family
+        and replaced.isdisjoint(registry.saved_modules(name))
+    ]
+
+
+def _report_keys(registry: AdapterRegistry, name: str, origin: Any, missing: list[str], unexpected: list[str]) -> None:
+    """Log what a file had too much and too little, as names in the model."""
+    prefix = "ia3_" if registry.peft_type(name) == "IA3" else "lora_"
+    text = ""
+    if unexpected:
+        keys = ", ".join(_prepare.name_in_model(key, name, prefix) for key in unexpected)
+        text += f"Loading adapter weights from {origin} led to unexpected keys not found in the model: {keys}. "
+    if missing:
+        full = {key: model_name for key, model_name, *_ in registry.tensors(name)}
+        keys = ", ".join(full.get(key, key) for key in missing)
+        text += f"Loading adapter weights from {origin} led to missing keys in the model: {keys}"
+    _logger().warning(text)
