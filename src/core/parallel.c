@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <unistd.h>
@@ -19,27 +20,35 @@
  * loops of one forward pass follow each other within a few microseconds. */
 #define SPIN_ROUNDS 2000
 
+/* team.state: number of the loop (32 bits), whether workers may still join it
+ * (1 bit), how many are inside (31 bits).  One word, so that the caller, when
+ * no piece is left, can shut out workers that have not woken up yet instead of
+ * waiting for them: on a busy machine that may take milliseconds. */
+#define LOOP_NUMBER(state) ((uint32_t)((state) >> 32))
+#define LOOP_OPEN ((uint64_t)1 << 31)
+#define LOOP_INSIDE(state) ((state) & (LOOP_OPEN - 1))
+
 typedef struct team {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     pthread_t threads[PC_MAX_THREADS];
-    int workers;
+    int wanted;  /* workers asked for */
+    int workers; /* and got: the system may give fewer */
     pid_t owner; /* the process that started the threads */
-    bool stop;
-    atomic_uint ticket; /* counts loops; workers wait for it to change */
+    atomic_bool stop;
+    _Atomic uint64_t state;
 
-    /* the loop that runs now */
+    /* the loop that runs now; written only while nobody is inside */
     pc_range_fn fn;
     void *ctx;
     int64_t n, piece;
-    atomic_llong next;
-    atomic_int unfinished; /* workers that have not left the loop */
+    _Atomic int64_t next;
 } team;
 
 struct pc_runtime {
     atomic_int threads;
-    atomic_flag busy;
-    team *team; /* NULL until needed; guarded by busy */
+    atomic_int holder; /* the process that has the team in use, 0 when it is free */
+    team *team;        /* NULL until needed; guarded by holder */
 };
 
 static inline void relax(void)
@@ -65,30 +74,54 @@ static void run_pieces(team *t)
 static void *worker_main(void *arg)
 {
     team *t = arg;
-    unsigned seen = 0;
+    uint32_t seen = 0;
     for (;;) {
-        for (int i = 0; i < SPIN_ROUNDS && atomic_load_explicit(&t->ticket, memory_order_acquire) == seen; i++)
+        uint64_t state = atomic_load_explicit(&t->state, memory_order_acquire);
+        for (int i = 0; i < SPIN_ROUNDS && LOOP_NUMBER(state) == seen; i++) {
             relax();
-        if (atomic_load_explicit(&t->ticket, memory_order_acquire) == seen) {
+            state = atomic_load_explicit(&t->state, memory_order_acquire);
+        }
+        if (LOOP_NUMBER(state) == seen) {
             pthread_mutex_lock(&t->lock);
-            while (atomic_load_explicit(&t->ticket, memory_order_acquire) == seen)
+            while (LOOP_NUMBER(state = atomic_load_explicit(&t->state, memory_order_acquire)) == seen)
                 pthread_cond_wait(&t->wake, &t->lock);
             pthread_mutex_unlock(&t->lock);
         }
-        seen++;
-        if (t->stop)
+        if (atomic_load_explicit(&t->stop, memory_order_relaxed))
             return NULL;
-        run_pieces(t);
-        atomic_fetch_sub_explicit(&t->unfinished, 1, memory_order_release);
+        bool joined = false;
+        while (!joined && (state & LOOP_OPEN) != 0)
+            joined = atomic_compare_exchange_weak_explicit(&t->state, &state, state + 1, memory_order_acquire,
+                                                           memory_order_acquire);
+        seen = LOOP_NUMBER(state);
+        if (joined) {
+            run_pieces(t);
+            atomic_fetch_sub_explicit(&t->state, 1, memory_order_release);
+        }
     }
 }
 
-static void announce(team *t)
+/* Start the next loop; `open` lets workers join it. Nobody is inside. */
+static void announce(team *t, uint64_t open)
 {
-    pthread_mutex_lock(&t->lock);
-    atomic_fetch_add_explicit(&t->ticket, 1, memory_order_release);
+    pthread_mutex_lock(&t->lock); /* or a worker that is about to sleep would miss it */
+    uint64_t number = LOOP_NUMBER(atomic_load_explicit(&t->state, memory_order_relaxed)) + (uint64_t)1;
+    atomic_store_explicit(&t->state, number << 32 | open, memory_order_release);
     pthread_cond_broadcast(&t->wake);
     pthread_mutex_unlock(&t->lock);
+}
+
+/* Let no more workers in and wait for those inside. */
+static void finish(team *t)
+{
+    uint64_t state = atomic_fetch_and_explicit(&t->state, ~LOOP_OPEN, memory_order_acq_rel);
+    for (int i = 0; LOOP_INSIDE(state) != 0; i++) {
+        if (i < SPIN_ROUNDS)
+            relax();
+        else
+            sched_yield(); /* a worker was interrupted: it may need this very CPU */
+        state = atomic_load_explicit(&t->state, memory_order_acquire);
+    }
 }
 
 static void team_free(team *t)
@@ -96,8 +129,8 @@ static void team_free(team *t)
     if (t == NULL)
         return;
     if (t->owner == getpid()) {
-        t->stop = true;
-        announce(t);
+        atomic_store_explicit(&t->stop, true, memory_order_relaxed);
+        announce(t, 0);
         for (int i = 0; i < t->workers; i++)
             pthread_join(t->threads[i], NULL);
         pthread_cond_destroy(&t->wake);
@@ -106,8 +139,8 @@ static void team_free(team *t)
     pc_free(t);
 }
 
-/* A team with `workers` threads, or fewer if the system gives no more; NULL if none. */
-static team *team_start(int workers)
+/* A team with `wanted` threads, or fewer if the system gives no more; NULL if none. */
+static team *team_start(int wanted)
 {
     team *t = pc_calloc(1, sizeof *t);
     if (t == NULL)
@@ -115,8 +148,14 @@ static team *team_start(int workers)
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->wake, NULL);
     t->owner = getpid();
-    while (t->workers < workers && pthread_create(&t->threads[t->workers], NULL, worker_main, t) == 0)
+    t->wanted = wanted;
+    /* Signals belong to the application's threads: a worker that took one would leave the main thread asleep. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (t->workers < wanted && pthread_create(&t->threads[t->workers], NULL, worker_main, t) == 0)
         t->workers++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (t->workers == 0) {
         team_free(t);
         return NULL;
@@ -142,7 +181,7 @@ pc_status pc_runtime_new(pc_runtime **out, pc_error *err)
     if (n > PC_MAX_THREADS)
         n = PC_MAX_THREADS;
     atomic_init(&rt->threads, n);
-    atomic_flag_clear(&rt->busy);
+    atomic_init(&rt->holder, 0);
     *out = rt;
     return PC_OK;
 }
@@ -165,15 +204,30 @@ pc_status pc_runtime_set_threads(pc_runtime *rt, int n, pc_error *err)
     return PC_OK;
 }
 
-/* Whether the workers are ours to use: starts or replaces them if need be.  Called with busy held. */
-static bool have_team(pc_runtime *rt, int threads)
+/* Take the team for this process. A holder that is another process is the parent: it forked while a
+ * loop ran there, that loop does not exist here. */
+static bool take(pc_runtime *rt, pid_t self)
 {
-    team *t = rt->team;
-    if (t != NULL && t->owner == getpid() && t->workers == threads - 1)
-        return true;
-    team_free(t);
-    rt->team = team_start(threads - 1);
-    return rt->team != NULL;
+    int holder = 0;
+    while (!atomic_compare_exchange_weak_explicit(&rt->holder, &holder, self, memory_order_acquire,
+                                                  memory_order_relaxed))
+        if (holder == self)
+            return false;
+    return true;
+}
+
+static void give_back(pc_runtime *rt) { atomic_store_explicit(&rt->holder, 0, memory_order_release); }
+
+/* The workers, started or replaced if need be; NULL if there are none to be had. Called by the holder. */
+static team *get_team(pc_runtime *rt, int wanted, pid_t self)
+{
+    team *old = rt->team;
+    if (old != NULL && old->owner == self && old->wanted == wanted)
+        return old;
+    rt->team = NULL; /* first: a fork at this moment must not leave the child a freed team */
+    team_free(old);
+    rt->team = team_start(wanted);
+    return rt->team;
 }
 
 void pc_parallel_for(pc_runtime *rt, int64_t n, int64_t grain, pc_range_fn fn, void *ctx)
@@ -183,16 +237,17 @@ void pc_parallel_for(pc_runtime *rt, int64_t n, int64_t grain, pc_range_fn fn, v
     if (grain < 1)
         grain = 1;
     int threads = rt != NULL ? pc_runtime_threads(rt) : 1;
-    if (threads < 2 || n <= grain || atomic_flag_test_and_set_explicit(&rt->busy, memory_order_acquire)) {
+    pid_t self;
+    if (threads < 2 || n <= grain || !take(rt, self = getpid())) {
         fn(ctx, 0, n);
         return;
     }
-    if (!have_team(rt, threads)) {
-        atomic_flag_clear_explicit(&rt->busy, memory_order_release);
+    team *t = get_team(rt, threads - 1, self);
+    if (t == NULL) {
+        give_back(rt);
         fn(ctx, 0, n);
         return;
     }
-    team *t = rt->team;
     int64_t pieces = (int64_t)(t->workers + 1) * PIECES_PER_THREAD;
     int64_t piece = n / pieces + (n % pieces != 0);
     t->fn = fn;
@@ -200,10 +255,8 @@ void pc_parallel_for(pc_runtime *rt, int64_t n, int64_t grain, pc_range_fn fn, v
     t->n = n;
     t->piece = piece > grain ? piece : grain;
     atomic_store_explicit(&t->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&t->unfinished, t->workers, memory_order_relaxed);
-    announce(t);
+    announce(t, LOOP_OPEN);
     run_pieces(t);
-    while (atomic_load_explicit(&t->unfinished, memory_order_acquire) != 0)
-        relax();
-    atomic_flag_clear_explicit(&rt->busy, memory_order_release);
+    finish(t);
+    give_back(rt);
 }
