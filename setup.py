@@ -9,6 +9,9 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,23 +49,40 @@ def pkg_config(*args: str) -> list[str]:
     return shlex.split(out)
 
 
+def openblas_folders(lib_dir: str, *, stays_in_source_tree: bool) -> list[str]:
+    """Where the loader shall look for OpenBLAS (rpath)."""
+    folders = ["$ORIGIN/../scipy_openblas32/lib"]  # installed: beside us in site-packages
+    if stays_in_source_tree:
+        sites = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+        folders += [f"{site}/scipy_openblas32/lib" for site in sites]
+        # An isolated build's own copy is gone when the build is: its folder must not be searched at run time.
+        if Path(tempfile.gettempdir()).resolve() not in Path(lib_dir).resolve().parents:
+            folders.append(lib_dir)
+    return list(dict.fromkeys(folders))
+
+
 class BuildCore(build_ext):
-    """Finds the compile-time dependencies only when something is really built."""
+    """Finds the compile-time dependencies only when something is really built, and compiles files side by side."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.stays_in_source_tree = bool(self.inplace)  # setuptools clears inplace while it builds
+        if on("PEFTC_SANITIZE"):
+            self.build_temp += "-sanitize"
 
     def build_extension(self, ext: Extension) -> None:
+        cjson_cflags, cjson_libs = pkg_config("--cflags"), pkg_config("--libs")
+
         import numpy
         import scipy_openblas32
 
         lib_dir = scipy_openblas32.get_lib_dir()
-        ext.include_dirs += [numpy.get_include(), scipy_openblas32.get_include_dir()]
-        ext.extra_compile_args += ["-std=c11", "-O3", "-g1", "-fvisibility=hidden", *WARNINGS]
-        ext.extra_compile_args += pkg_config("--cflags")
-        ext.extra_link_args += [f"-L{lib_dir}", "-lscipy_openblas", *pkg_config("--libs"), "-lm", "-pthread"]
-        # An installed peftc finds OpenBLAS beside itself in site-packages; one built in place finds it
-        # where it was at build time.
-        ext.extra_link_args += ["-Wl,-rpath,$ORIGIN/../scipy_openblas32/lib"]
-        if self.inplace:
-            ext.extra_link_args += [f"-Wl,-rpath,{lib_dir}"]
+        in_tree = self.stays_in_source_tree or getattr(self, "editable_mode", False)
+        for folder in (numpy.get_include(), scipy_openblas32.get_include_dir(), sysconfig.get_path("include")):
+            ext.extra_compile_args += ["-isystem", folder]  # our warnings are for our code
+        ext.extra_compile_args += ["-std=c11", "-O3", "-g1", "-fvisibility=hidden", *WARNINGS, *cjson_cflags]
+        ext.extra_link_args += [f"-L{lib_dir}", "-lscipy_openblas", *cjson_libs, "-lm", "-pthread"]
+        ext.extra_link_args += [f"-Wl,-rpath,{f}" for f in openblas_folders(lib_dir, stays_in_source_tree=in_tree)]
         if on("PEFTC_WERROR"):
             ext.extra_compile_args += ["-Werror"]
         if on("PEFTC_SANITIZE"):
@@ -70,6 +90,15 @@ class BuildCore(build_ext):
             flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
             ext.extra_compile_args += [*flags, "-O1"]
             ext.extra_link_args += flags
+
+        compile_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: compile_one([source], **options), sources))
+            return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_all
         super().build_extension(ext)
 
 
