@@ -3,20 +3,19 @@
 #include <stdio.h>
 #include <string.h>
 
-/* vsnprintf may cut a multi-byte character in two; the text must stay UTF-8
- * because it becomes a Python str.  Drops a trailing incomplete sequence. */
-static void trim_partial_utf8(char *text)
+#include "utf8.h"
+
+/* The text becomes a Python str, so it must be UTF-8 whatever was formatted into it: a path may hold any
+ * bytes, and vsnprintf may cut a character in two.  A cut character is dropped, other bytes become '?'. */
+static void make_utf8(char *text)
 {
     size_t len = strlen(text);
-    size_t back = 0;
-    while (back < 4 && back < len && ((unsigned char)text[len - 1 - back] & 0xC0u) == 0x80u)
-        back++;
-    if (back == len)
-        return;
-    unsigned char lead = (unsigned char)text[len - 1 - back];
-    size_t need = lead >= 0xF0u ? 3 : lead >= 0xE0u ? 2 : lead >= 0xC0u ? 1 : 0;
-    if (need > back)
-        text[len - 1 - back] = '\0';
+    if (len == PC_ERROR_TEXT - 1) {
+        size_t bad = pc_utf8_valid(text, len);
+        if (len - bad < 4 && (unsigned char)text[bad] >= 0xC2u)
+            text[bad] = '\0';
+    }
+    pc_utf8_repair(text, strlen(text));
 }
 
 pc_status pc_vfail(pc_error *err, pc_status code, const char *fmt, va_list args)
@@ -26,7 +25,7 @@ pc_status pc_vfail(pc_error *err, pc_status code, const char *fmt, va_list args)
         err->sys_errno = 0;
         if (vsnprintf(err->text, sizeof err->text, fmt, args) < 0)
             err->text[0] = '\0';
-        trim_partial_utf8(err->text);
+        make_utf8(err->text);
     }
     return code;
 }

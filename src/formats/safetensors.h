@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../core/parallel.h"
 #include "../core/status.h"
 #include "../core/weights.h"
 
@@ -44,6 +45,22 @@ size_t pc_safetensors_find(const pc_safetensors *st, const char *name, size_t le
 /* Metadata in the file's order; false when the header has no __metadata__ (or null). */
 bool pc_safetensors_metadata(const pc_safetensors *st, const pc_metadata_item **items, size_t *count);
 
+/* Read every tensor: dst[i] takes tensors[i].nbytes bytes.  Large files are read on several threads of
+ * rt (NULL: on this one). */
+pc_status pc_safetensors_read_all(const pc_safetensors *st, void *const *dst, pc_runtime *rt, pc_error *err);
+
+/* What is wanted along one axis: count elements from start on, each step further (which may be negative). */
+typedef struct pc_axis {
+    uint64_t start;
+    int64_t step;
+    uint64_t count;
+} pc_axis;
+
+/* Read part of tensor i: one pc_axis for each of its dimensions, all elements within its shape (else
+ * PC_ERR_INDEX).  dst takes the elements in row-major order.  Only the bytes around what is wanted are
+ * read.  Dtypes below one byte: PC_ERR_UNSUPPORTED. */
+pc_status pc_safetensors_read_slice(const pc_safetensors *st, size_t i, const pc_axis *axes, void *dst, pc_error *err);
+
 /* ------------------------------------------------------------------ writing */
 
 typedef struct pc_tensor_view {
@@ -52,8 +69,8 @@ typedef struct pc_tensor_view {
 } pc_tensor_view;
 
 /* What the writer needs for the header; lay it out once, then write anywhere.
- * Tensors are ordered by dtype size (largest first), then name, as the official writer does;
- * metadata by key as given. */
+ * Tensors are ordered as the official writer does it: by dtype (its own list, wide ones first), then by name;
+ * metadata stays as given (keys must differ). */
 typedef struct pc_safetensors_layout {
     char *header;       /* length prefix and padded JSON */
     size_t header_len;

@@ -26,6 +26,7 @@ typedef struct peftc_state {
     PyTypeObject *layer_type;   /* peftc._core.Layer: base of the nn layer types */
     PyTypeObject *arena_type;   /* keeps an arena alive under its views */
     PyTypeObject *safe_open_type;
+    PyTypeObject *safe_slice_type; /* what safe_open.get_slice returns */
 } peftc_state;
 
 extern struct PyModuleDef peftc_module;

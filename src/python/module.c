@@ -127,6 +127,7 @@ static int traverse_module(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->layer_type);
     Py_VISIT(state->arena_type);
     Py_VISIT(state->safe_open_type);
+    Py_VISIT(state->safe_slice_type);
     return 0;
 }
 
@@ -140,6 +141,7 @@ static int clear_module(PyObject *module)
     Py_CLEAR(state->layer_type);
     Py_CLEAR(state->arena_type);
     Py_CLEAR(state->safe_open_type);
+    Py_CLEAR(state->safe_slice_type);
     return 0;
 }
 
