@@ -135,13 +135,17 @@ pc_status pc_tensor_name(const pc_registry *registry, const pc_adapter *adapter,
 /* ------------------------------------------------------------------ forward */
 
 /* The base weight and bias that are in effect for a module under an
- * activation: the module's own, a modules_to_save copy, an adapter's bias, or
- * merged ones. */
+ * activation.  On entry *weight and *bias are the module's own; they are
+ * replaced by a modules_to_save copy, an adapter's bias or merged ones, and left
+ * alone otherwise (always when adapters are disabled or activation is NULL). */
 void pc_effective_weights(const pc_activation *activation, int32_t module_index, const void **weight,
                           const void **bias);
 
-/* Run a module with everything that is active on it.
- * y is fully written.  With nothing active it is the base operation alone. */
+/* Run a module with everything that is active on it; applies
+ * pc_effective_weights itself.  y is fully written.  With nothing active, or
+ * disabled, or activation == NULL it is the base operation alone.  Kinds that
+ * adapters cannot wrap (norms, containers) are PC_ERR_RUNTIME: their layers use
+ * pc_effective_weights. */
 pc_status pc_forward(const pc_call *call, const pc_activation *activation, const void *x, void *y, pc_error *err);
 
 /* The base operation of call->module (kernels). */

@@ -1,0 +1,256 @@
+/* From a config to an adapter: plan every slot, lay the tensors out in one
+ * arena, and give them their first values. */
+#include "support.h"
+
+#include <string.h>
+
+/* Slots and tensors while their number is not known yet. */
+typedef struct draft {
+    pc_slot *slots;
+    pc_tensor *tensors;
+    size_t slot_count, tensor_count, bytes;
+} draft;
+
+static pc_status check_name(const char *name, size_t len, pc_error *err)
+{
+    if (len == 0)
+        return pc_fail(err, PC_ERR_VALUE, "an adapter needs a name");
+    if (memchr(name, '\0', len) != NULL)
+        return pc_fail(err, PC_ERR_VALUE, "an adapter name cannot contain a NUL character");
+    if (memchr(name, '.', len) != NULL)
+        return pc_fail(err, PC_ERR_VALUE,
+                       "adapter name \"%.*s\" contains a dot, which separates the parts of parameter names; use "
+                       "another character",
+                       len < 256 ? (int)len : 256, name);
+    return PC_OK;
+}
+
+/* Give the tensor its place; every product and sum is checked. */
+static pc_status place(draft *d, pc_tensor *tensor, const pc_module *module, pc_error *err)
+{
+    size_t count = pc_dtype_size(tensor->dtype);
+    bool fits = true;
+    for (int i = 0; i < tensor->ndim; i++)
+        fits = fits && tensor->shape[i] >= 0 && pc_mul_size(count, (size_t)tensor->shape[i], &count);
+    tensor->nbytes = count;
+    tensor->offset = d->bytes;
+    fits = fits && count <= PTRDIFF_MAX - (size_t)PC_ALIGNMENT && pc_add_size(d->bytes, pc_align_up(count), &d->bytes) &&
+           d->bytes <= PTRDIFF_MAX;
+    return fits ? PC_OK
+                : pc_fail(err, PC_ERR_VALUE, "the adapter's tensors for module %s do not fit into memory",
+                          module->name);
+}
+
+static pc_status add_slot(draft *d, pc_slot_plan *plan, int32_t index, const pc_module *module, pc_error *err)
+{
+    plan->slot.module = index;
+    plan->slot.first_tensor = (int32_t)d->tensor_count;
+    plan->slot.tensor_count = plan->tensor_count;
+    for (int i = 0; i < plan->tensor_count; i++) {
+        pc_tensor *tensor = &d->tensors[d->tensor_count++];
+        *tensor = plan->tensors[i];
+        tensor->module = index;
+        pc_status status = place(d, tensor, module, err);
+        if (status != PC_OK)
+            return status;
+    }
+    d->slots[d->slot_count++] = plan->slot;
+    return PC_OK;
+}
+
+static pc_status check_dtype(const pc_module *module, pc_error *err)
+{
+    if (pc_dtype_get(module->dtype)->is_float)
+        return PC_OK;
+    return pc_fail(err, PC_ERR_VALUE,
+                   "the weight of module %s has dtype %s; adapters work on F64, F32, F16 and BF16 weights",
+                   module->name, pc_dtype_get(module->dtype)->name);
+}
+
+static bool takes_bias(const pc_config *config, const pc_module *module, uint8_t match)
+{
+    if (!module->has_bias || module->alias_of >= 0 || match == 2)
+        return false;
+    return config->bias == PC_BIAS_ALL || (config->bias == PC_BIAS_ADAPTED && match == 1);
+}
+
+/* What the method adds, and the module's bias where the config trains it.  The
+ * bias comes first: that is its place in PEFT's state dict. */
+static pc_status plan_adapted(draft *d, const pc_method *method, const pc_config *config, int32_t index,
+                              const pc_module *module, uint8_t match, pc_error *err)
+{
+    pc_slot_plan plan = {0};
+    bool bias = takes_bias(config, module, match);
+    if (match != 1 && !bias)
+        return PC_OK;
+    pc_status status = check_dtype(module, err);
+    if (status != PC_OK && match == 1)
+        /* An unknown kind of module has no dtype: the method's text says more. */
+        return module->kind == PC_CONTAINER ? method->plan(config, module, &plan, err) : status;
+    if (status != PC_OK)
+        return PC_OK; /* bias="all" passes over biases that are not floating point */
+    if (bias)
+        pc_plan_tensor(&plan, PC_ROLE_BASE_BIAS, module->dtype, 1, module->out_features, 0, 0, 0, true, true);
+    if (match == 1) {
+        plan.slot.adapts = true;
+        status = method->plan(config, module, &plan, err);
+        if (status != PC_OK)
+            return status;
+    }
+    return add_slot(d, &plan, index, module, err);
+}
+
+static pc_status plan_saved(draft *d, int32_t index, const pc_module *module, pc_error *err)
+{
+    pc_slot_plan plan = {0};
+    int64_t shape[4] = {0};
+    pc_status status = check_dtype(module, err);
+    if (status != PC_OK)
+        return status;
+    int ndim = pc_module_weight_shape(module, shape);
+    plan.slot.replaces = true;
+    pc_plan_tensor(&plan, PC_ROLE_SAVED_WEIGHT, module->dtype, ndim, shape[0], shape[1], shape[2], shape[3], true, true);
+    if (module->has_bias)
+        pc_plan_tensor(&plan, PC_ROLE_SAVED_BIAS, module->dtype, 1, module->out_features, 0, 0, 0, true, true);
+    return add_slot(d, &plan, index, module, err);
+}
+
+/* Saved modules come last, as in PEFT's state dict; pc_registry_activate relies on it. */
+static pc_status plan_all(draft *d, const pc_method *method, const pc_config *config, const pc_module_table *modules,
+                          const uint8_t *match, pc_error *err)
+{
+    pc_status status = PC_OK;
+    for (size_t i = 0; i < modules->count && status == PC_OK; i++)
+        status = plan_adapted(d, method, config, (int32_t)i, &modules->items[i], match[i], err);
+    for (size_t i = 0; i < modules->count && status == PC_OK; i++)
+        if (match[i] == 2)
+            status = plan_saved(d, (int32_t)i, &modules->items[i], err);
+    return status;
+}
+
+static bool fill_tables(pc_adapter *adapter, const draft *d, size_t module_count)
+{
+    adapter->slots = pc_pool_array(&adapter->pool, d->slot_count, sizeof *adapter->slots);
+    adapter->tensors = pc_pool_array(&adapter->pool, d->tensor_count, sizeof *adapter->tensors);
+    adapter->slot_of_module = pc_pool_array(&adapter->pool, module_count, sizeof *adapter->slot_of_module);
+    if (adapter->slots == NULL || adapter->tensors == NULL || adapter->slot_of_module == NULL)
+        return false;
+    memcpy(adapter->slots, d->slots, d->slot_count * sizeof *d->slots);
+    memcpy(adapter->tensors, d->tensors, d->tensor_count * sizeof *d->tensors);
+    adapter->slot_count = d->slot_count;
+    adapter->tensor_count = d->tensor_count;
+    adapter->module_count = module_count;
+    for (size_t i = 0; i < module_count; i++)
+        adapter->slot_of_module[i] = -1;
+    for (size_t i = 0; i < d->slot_count; i++) {
+        adapter->slot_of_module[d->slots[i].module] = (int32_t)i;
+        adapter->has_saved_modules = adapter->has_saved_modules || d->slots[i].replaces;
+    }
+    for (size_t i = 0; i < d->tensor_count; i++)
+        adapter->has_biases = adapter->has_biases || d->tensors[i].role == PC_ROLE_BASE_BIAS;
+    return true;
+}
+
+static pc_status finish(const draft *d, const pc_method *method, const char *name, size_t name_len, pc_config *config,
+                        size_t module_count, pc_adapter **out, pc_error *err)
+{
+    pc_adapter *adapter = pc_calloc(1, sizeof *adapter);
+    if (adapter == NULL)
+        return pc_fail_nomem(err, "an adapter");
+    atomic_init(&adapter->references, 1);
+    pc_pool_init(&adapter->pool);
+    adapter->method = method;
+    adapter->name = pc_pool_strndup(&adapter->pool, name, name_len);
+    adapter->name_len = name_len;
+    pc_status status = adapter->name != NULL && fill_tables(adapter, d, module_count)
+                           ? pc_arena_new(d->bytes, &adapter->arena, err)
+                           : pc_fail_nomem(err, "an adapter's tables");
+    if (status != PC_OK) {
+        pc_adapter_release(adapter); /* has no config yet: the caller keeps it */
+        return status;
+    }
+    adapter->config = config;
+    *out = adapter;
+    return PC_OK;
+}
+
+pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_len, pc_config *config,
+                           pc_adapter **out, pc_error *err)
+{
+    const pc_module_table *modules = pc_registry_modules(registry);
+    const pc_method *method = pc_method_find(config->schema->peft_type, strlen(config->schema->peft_type));
+    if (method == NULL)
+        return pc_fail(err, PC_ERR_UNSUPPORTED, "no method %s; known are %s", config->schema->peft_type,
+                       pc_method_names());
+    pc_status status = check_name(name, name_len, err);
+    if (status != PC_OK)
+        return status;
+    if (pc_registry_find(registry, name, name_len) != NULL)
+        return pc_fail(err, PC_ERR_VALUE, "Adapter with name %.*s already exists. Please use a different name.",
+                       (int)(name_len < 256 ? name_len : 256), name);
+    uint8_t *match = pc_malloc(modules->count);
+    status = match != NULL ? pc_match_modules(config, modules, match, err) : pc_fail_nomem(err, "an adapter's plan");
+    draft d = {0};
+    if (status == PC_OK) {
+        size_t slots = 0;
+        for (size_t i = 0; i < modules->count; i++)
+            slots += match[i] == 2 || match[i] == 1 || takes_bias(config, &modules->items[i], match[i]);
+        d.slots = pc_calloc(slots, sizeof *d.slots);
+        d.tensors = pc_calloc(slots, PC_PLAN_TENSORS * sizeof *d.tensors);
+        status = d.slots != NULL && d.tensors != NULL ? plan_all(&d, method, config, modules, match, err)
+                                                      : pc_fail_nomem(err, "an adapter's plan");
+    }
+    if (status == PC_OK)
+        status = finish(&d, method, name, name_len, config, modules->count, out, err);
+    pc_free(d.tensors);
+    pc_free(d.slots);
+    pc_free(match);
+    return status;
+}
+
+/* ---------------------------------------------------------------- first values */
+
+/* Streams of one slot are neighbours; no method has more roles than this. */
+#define STREAMS_PER_SLOT 256u
+
+pc_rng pc_slot_rng(const pc_slot *slot, uint64_t seed)
+{
+    return (pc_rng){.seed = seed, .stream = (uint64_t)(uint32_t)slot->module * STREAMS_PER_SLOT};
+}
+
+static pc_status copy_from_model(const pc_adapter *adapter, const pc_tensor *tensor, const void *source,
+                                 const pc_module *module, pc_error *err)
+{
+    if (source == NULL)
+        return pc_fail(err, PC_ERR_VALUE, "the values of module %s are not in memory; load it before adding adapters",
+                       module->name);
+    memcpy(pc_tensor_data(adapter, tensor), source, tensor->nbytes);
+    return PC_OK;
+}
+
+pc_status pc_init_generic(const pc_adapter *adapter, const pc_slot *slot, const pc_module *module, pc_error *err)
+{
+    pc_status status = PC_OK;
+    for (int32_t i = 0; i < slot->tensor_count && status == PC_OK; i++) {
+        const pc_tensor *tensor = &adapter->tensors[slot->first_tensor + i];
+        if (tensor->role == PC_ROLE_SAVED_WEIGHT)
+            status = copy_from_model(adapter, tensor, module->weight, module, err);
+        else if (tensor->role == PC_ROLE_BASE_BIAS || tensor->role == PC_ROLE_SAVED_BIAS)
+            status = copy_from_model(adapter, tensor, module->bias, module, err);
+    }
+    return status;
+}
+
+pc_status pc_adapter_init(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed, pc_error *err)
+{
+    const pc_module_table *modules = pc_registry_modules(registry);
+    pc_status status = PC_OK;
+    for (size_t i = 0; i < adapter->slot_count && status == PC_OK; i++) {
+        const pc_slot *slot = &adapter->slots[i];
+        const pc_module *module = &modules->items[slot->module];
+        status = pc_init_generic(adapter, slot, module, err);
+        if (status == PC_OK && slot->adapts)
+            status = adapter->method->init(rt, adapter, slot, module, pc_slot_rng(slot, seed), false, err);
+    }
+    return status;
+}

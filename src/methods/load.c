@@ -1,0 +1,250 @@
+/* From a file (or a dict of arrays) into an adapter's arena.
+ *
+ * Every name is looked up once, every tensor checked before the first byte is
+ * read, and each is read straight to its place; only a tensor of another float
+ * dtype goes through a scratch buffer. */
+#include "support.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+
+static const char peft_prefix[] = "base_model.model.";
+
+typedef struct loader {
+    pc_runtime *rt;
+    pc_registry *registry;
+    pc_adapter *adapter;
+    pc_weights *source;
+    pc_load_report *report;
+    pc_strmap names;      /* name without prefix → index in source */
+    int32_t *tensor_of;   /* by index in source: the adapter's tensor, or -1 */
+    bool *found;          /* by tensor */
+    pc_pool pool;
+} loader;
+
+void pc_load_report_free(pc_load_report *report) { pc_pool_free(&report->pool); }
+
+static void strip_prefix(const char **name, size_t *len)
+{
+    const size_t prefix = sizeof peft_prefix - 1;
+    if (*len > prefix && memcmp(*name, peft_prefix, prefix) == 0) {
+        *name += prefix;
+        *len -= prefix;
+    }
+}
+
+static pc_status index_source(loader *l, pc_error *err)
+{
+    l->tensor_of = pc_pool_array(&l->pool, l->source->count, sizeof *l->tensor_of);
+    l->found = pc_pool_array(&l->pool, l->adapter->tensor_count, sizeof *l->found);
+    if (l->tensor_of == NULL || l->found == NULL)
+        return pc_fail_nomem(err, "the index of a file's tensors");
+    for (size_t i = 0; i < l->source->count; i++) {
+        const char *name = l->source->tensors[i].name;
+        size_t len = l->source->tensors[i].name_len;
+        l->tensor_of[i] = -1;
+        strip_prefix(&name, &len);
+        if (!pc_strmap_put(&l->names, name, len, i))
+            return pc_fail_nomem(err, "the index of a file's tensors");
+    }
+    return PC_OK;
+}
+
+/* Names that a file may use for a tensor besides the one that peftc writes. */
+static bool find_variant(const loader *l, const pc_tensor *tensor, const pc_string *key, size_t *index)
+{
+    static const char base_layer[] = ".base_layer.bias", weight[] = ".weight";
+    char name[1024];
+    if (key->len + sizeof weight > sizeof name)
+        return false;
+    memcpy(name, key->text, key->len);
+    if (tensor->role == PC_ROLE_BASE_BIAS) { /* "<module>.bias" */
+        const size_t tail = sizeof base_layer - 1;
+        if (key->len <= tail || memcmp(name + key->len - tail, base_layer, tail) != 0)
+            return false;
+        size_t stem = key->len - tail;
+        memcpy(name + stem, ".bias", 5);
+        return pc_strmap_get(&l->names, name, stem + 5, index);
+    }
+    /* A parameter that a file calls as the model does (DoRA's magnitude before and after PEFT 0.9). */
+    memcpy(name + key->len, weight, sizeof weight - 1);
+    return pc_strmap_get(&l->names, name, key->len + sizeof weight - 1, index);
+}
+
+static bool same_shape(const pc_tensor *tensor, const pc_tensor_info *info)
+{
+    bool same = tensor->ndim == info->ndim;
+    for (int d = 0; same && d < tensor->ndim; d++)
+        same = (uint64_t)tensor->shape[d] == info->shape[d];
+    return same;
+}
+
+static void shape_text(char *out, size_t size, int ndim, const uint64_t *shape)
+{
+    size_t used = 0;
+    out[0] = '\0';
+    for (int d = 0; d < ndim && d < 8 && used + 24 < size; d++)
+        used += (size_t)snprintf(out + used, size - used, d != 0 ? ", %" PRIu64 : "%" PRIu64, shape[d]);
+    if (ndim > 8)
+        snprintf(out + used, size - used, ", ...");
+}
+
+static pc_status check_tensor(const loader *l, const pc_tensor *tensor, const pc_tensor_info *info, pc_error *err)
+{
+    const int shown = info->name_len < 512 ? (int)info->name_len : 512;
+    if (!same_shape(tensor, info)) {
+        char theirs[256], ours[128];
+        uint64_t shape[4];
+        for (int d = 0; d < tensor->ndim; d++)
+            shape[d] = (uint64_t)tensor->shape[d];
+        shape_text(theirs, sizeof theirs, info->ndim, info->shape);
+        shape_text(ours, sizeof ours, tensor->ndim, shape);
+        return pc_fail(err, PC_ERR_VALUE,
+                       "size mismatch for %.*s: %s has shape [%s], the adapter needs [%s]; the config does not belong "
+                       "to these weights, or the base model has other dimensions",
+                       shown, info->name, l->source->label, theirs, ours);
+    }
+    if (!pc_dtype_get(info->dtype)->is_float)
+        return pc_fail(err, PC_ERR_VALUE, "%s: tensor %.*s has dtype %s; adapter weights are F64, F32, F16 or BF16",
+                       l->source->label, shown, info->name, pc_dtype_get(info->dtype)->name);
+    return PC_OK;
+}
+
+static pc_status find_tensor(loader *l, size_t t, pc_strings *missing, pc_string *missing_items, pc_error *err)
+{
+    const pc_tensor *tensor = &l->adapter->tensors[t];
+    if (!tensor->in_state_dict)
+        return PC_OK;
+    pc_string key;
+    size_t index;
+    pc_status status = pc_tensor_name(l->registry, l->adapter, tensor, false, &l->pool, &key, err);
+    if (status != PC_OK)
+        return status;
+    if (pc_strmap_get(&l->names, key.text, key.len, &index) || find_variant(l, tensor, &key, &index)) {
+        l->tensor_of[index] = (int32_t)t;
+        l->found[t] = true;
+        return check_tensor(l, tensor, &l->source->tensors[index], err);
+    }
+    if (tensor->role == PC_ROLE_SAVED_WEIGHT || tensor->role == PC_ROLE_SAVED_BIAS)
+        return pc_fail(err, PC_ERR_KEY, "%s: %s has no such tensor, and modules_to_save names its module", key.text,
+                       l->source->label);
+    /* PEFT does not write the biases of bias="lora_only": the model's own stand in for them. */
+    if (tensor->role == PC_ROLE_BASE_BIAS && l->adapter->config->bias == PC_BIAS_ADAPTED)
+        return PC_OK;
+    missing_items[missing->count++] = key;
+    return PC_OK;
+}
+
+static pc_status copy_strings(pc_pool *pool, const pc_string *items, size_t count, pc_strings *out, pc_error *err)
+{
+    pc_string *copy = pc_pool_array(pool, count, sizeof *copy);
+    if (copy == NULL)
+        return pc_fail_nomem(err, "a load report");
+    for (size_t i = 0; i < count; i++) {
+        copy[i].len = items[i].len;
+        copy[i].text = pc_pool_strndup(pool, items[i].text, items[i].len);
+        if (copy[i].text == NULL)
+            return pc_fail_nomem(err, "a load report");
+    }
+    *out = (pc_strings){copy, count};
+    return PC_OK;
+}
+
+static pc_status match_names(loader *l, pc_error *err)
+{
+    pc_strings missing = {NULL, 0};
+    pc_string *items = pc_pool_array(&l->pool, l->adapter->tensor_count, sizeof *items);
+    if (items == NULL)
+        return pc_fail_nomem(err, "a load report");
+    for (size_t t = 0; t < l->adapter->tensor_count; t++) {
+        pc_status status = find_tensor(l, t, &missing, items, err);
+        if (status != PC_OK)
+            return status;
+    }
+    pc_status status = copy_strings(&l->report->pool, items, missing.count, &l->report->missing, err);
+    if (status != PC_OK)
+        return status;
+    size_t unexpected = 0;
+    for (size_t i = 0; i < l->source->count; i++)
+        unexpected += l->tensor_of[i] < 0;
+    items = pc_pool_array(&l->pool, unexpected, sizeof *items);
+    if (items == NULL)
+        return pc_fail_nomem(err, "a load report");
+    size_t n = 0;
+    for (size_t i = 0; i < l->source->count; i++)
+        if (l->tensor_of[i] < 0)
+            items[n++] = (pc_string){l->source->tensors[i].name, l->source->tensors[i].name_len};
+    return copy_strings(&l->report->pool, items, n, &l->report->unexpected, err);
+}
+
+/* What the file does not bring.  A slot that it fills completely draws no random number. */
+static pc_status init_rest(loader *l, uint64_t seed, pc_error *err)
+{
+    const pc_module_table *modules = pc_registry_modules(l->registry);
+    pc_status status = PC_OK;
+    for (size_t i = 0; i < l->adapter->slot_count && status == PC_OK; i++) {
+        const pc_slot *slot = &l->adapter->slots[i];
+        const pc_module *module = &modules->items[slot->module];
+        bool complete = true, generic = false;
+        for (int32_t t = slot->first_tensor; t < slot->first_tensor + slot->tensor_count; t++) {
+            bool bias = l->adapter->tensors[t].role == PC_ROLE_BASE_BIAS;
+            bool lacks = l->adapter->tensors[t].in_state_dict && !l->found[t];
+            complete = complete && (!lacks || bias);
+            generic = generic || (lacks && bias);
+        }
+        if (generic)
+            status = pc_init_generic(l->adapter, slot, module, err);
+        if (status == PC_OK && slot->adapts)
+            status = l->adapter->method->init(l->rt, l->adapter, slot, module, pc_slot_rng(slot, seed), complete, err);
+    }
+    return status;
+}
+
+static pc_status read_tensors(loader *l, pc_error *err)
+{
+    size_t largest = 0;
+    for (size_t i = 0; i < l->source->count; i++) {
+        const pc_tensor_info *info = &l->source->tensors[i];
+        if (l->tensor_of[i] >= 0 && info->dtype != l->adapter->tensors[l->tensor_of[i]].dtype &&
+            info->nbytes > largest)
+            largest = (size_t)info->nbytes;
+    }
+    void *scratch = largest != 0 ? pc_block_alloc(largest) : NULL;
+    if (largest != 0 && scratch == NULL)
+        return pc_fail(err, PC_ERR_NOMEM, "out of memory while converting a tensor of %zu bytes", largest);
+    pc_status status = PC_OK;
+    for (size_t i = 0; i < l->source->count && status == PC_OK; i++) {
+        if (l->tensor_of[i] < 0)
+            continue;
+        const pc_tensor *tensor = &l->adapter->tensors[l->tensor_of[i]];
+        void *data = pc_tensor_data(l->adapter, tensor);
+        bool same = l->source->tensors[i].dtype == tensor->dtype;
+        status = l->source->read(l->source, i, same ? data : scratch, err);
+        if (status == PC_OK && !same)
+            pc_convert(l->rt, tensor->dtype, data, l->source->tensors[i].dtype, scratch, pc_tensor_count(tensor));
+    }
+    pc_block_free(scratch, largest);
+    return status;
+}
+
+pc_status pc_adapter_load(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source, uint64_t seed,
+                          pc_load_report *report, pc_error *err)
+{
+    loader l = {.rt = rt, .registry = registry, .adapter = adapter, .source = source, .report = report};
+    if (source->count > INT32_MAX)
+        return pc_fail(err, PC_ERR_VALUE, "%s has too many tensors (%zu)", source->label, source->count);
+    pc_pool_init(&l.pool);
+    pc_strmap_init(&l.names);
+    pc_status status = index_source(&l, err);
+    if (status == PC_OK)
+        status = match_names(&l, err);
+    if (status == PC_OK)
+        status = init_rest(&l, seed, err);
+    if (status == PC_OK)
+        status = read_tensors(&l, err);
+    pc_strmap_free(&l.names);
+    pc_pool_free(&l.pool);
+    return status;
+}

@@ -1,0 +1,53 @@
+/* What the files of this folder share and nobody else needs. */
+#ifndef PEFTC_METHODS_SUPPORT_H
+#define PEFTC_METHODS_SUPPORT_H
+
+#include "../kernels/kernels.h"
+#include "methods.h"
+
+/* targets.c: the length of the shortest dotted prefix of `name` that modules_to_save names; 0 when none. */
+size_t pc_saved_root(const pc_config *config, const char *name, size_t len);
+
+/* build.c: give the generic tensors of a slot (bias, saved module) the model's current values. */
+pc_status pc_init_generic(const pc_adapter *adapter, const pc_slot *slot, const pc_module *module, pc_error *err);
+/* build.c: the stream that a slot's draws start at; a method adds its role to it. */
+pc_rng pc_slot_rng(const pc_slot *slot, uint64_t seed);
+
+/* support.c: PC_ERR_VALUE in PEFT's words; `kinds` lists what the method can do. */
+pc_status pc_fail_kind(const pc_module *module, const char *kinds, pc_error *err);
+
+/* support.c: the module's base weight, or PC_ERR_VALUE when the host has none in memory. */
+pc_status pc_need_weight(const pc_module *module, pc_error *err);
+
+/* support.c: n numbers of `src` in dtype `compute`: src itself when it has that dtype, else a copy in `scratch`. */
+pc_status pc_as_compute(pc_runtime *rt, pc_dtype compute, pc_dtype dtype, const void *src, int64_t n, pc_pool *scratch,
+                        const void **out, pc_error *err);
+/* The same for an adapter's tensor. */
+pc_status pc_tensor_as(pc_runtime *rt, pc_dtype compute, const pc_adapter *adapter, const pc_tensor *tensor,
+                       pc_pool *scratch, const void **out, pc_error *err);
+
+/* support.c: room for a × b numbers in `scratch` (zeroed); the product is checked. */
+pc_status pc_scratch(pc_pool *scratch, pc_dtype dtype, int64_t a, int64_t b, void **out, pc_error *err);
+
+/* support.c: the shape of a Conv2d call. */
+pc_conv_shape pc_call_conv(const pc_call *call);
+
+/* support.c: numbers in the input of a linear-like or Conv2d call; pixels of its output (1 unless Conv2d). */
+int64_t pc_input_count(const pc_call *call);
+int64_t pc_output_pixels(const pc_call *call);
+/* support.c: y ← y ⊙ factors, one factor per output feature (Conv2d: channel). */
+void pc_scale_output(const pc_call *call, pc_dtype dtype, const void *factors, void *y);
+/* support.c: y ← y + scale · values, one value per output feature (Conv2d: channel). */
+void pc_add_output(const pc_call *call, pc_dtype dtype, const void *values, double scale, void *y);
+
+static inline void *pc_at(pc_dtype dtype, void *buffer, int64_t index)
+{
+    return (char *)buffer + (size_t)index * pc_dtype_size(dtype);
+}
+
+static inline const void *pc_at_const(pc_dtype dtype, const void *buffer, int64_t index)
+{
+    return (const char *)buffer + (size_t)index * pc_dtype_size(dtype);
+}
+
+#endif
