@@ -1,5 +1,6 @@
 """The C core of peftc. Private: use the names that `peftc` exports."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,15 @@ def get_num_threads() -> int: ...
 def build_info() -> dict[str, Any]: ...
 
 class SafetensorError(Exception): ...
+
+def load_torch_bin(path: str | bytes | os.PathLike[str], /) -> dict[str, np.ndarray]:
+    """Read the dict of tensors in a file of torch.save, without running anything in it."""
+
+def parse_torch_bin(data: bytes | bytearray | memoryview, /) -> dict[str, np.ndarray]: ...
+def torch_bin_raw(source: str | os.PathLike[str] | bytes | bytearray | memoryview, /) -> dict[
+    str, tuple[str, tuple[int, ...], bytes]
+]:
+    """Name → (dtype in safetensors' names, shape, bytes in row-major order), from a path or from the content."""
 
 class AdapterRegistry:
     """One model's modules, its adapters, and which of them are active."""
