@@ -190,6 +190,11 @@ static pc_status parse_entry(parser *p, const char *name, size_t name_len)
 {
     pc_json *json = &p->json;
     entry e = {.name = name, .name_len = name_len, .position = p->entry_count};
+    size_t other;
+    if (pc_strmap_get(&p->st->index, name, name_len, &other))
+        return bad_tensor(p, &e, "the name is given twice"); /* [8] */
+    if (!pc_strmap_put(&p->st->index, name, name_len, p->entry_count))
+        return pc_fail_nomem(p->err, "the index of names");
     if (pc_json_peek(json) != '{')
         return bad_tensor(p, &e, "its entry must be an object with dtype, shape and data_offsets");
     if (!pc_json_open(json, '{'))
@@ -321,6 +326,12 @@ static pc_status parse_header(parser *p)
 
 /* ------------------------------------------------------------- validation */
 
+/* NULL for a scalar: there may be no table at all. */
+static const uint64_t *shape_of(const pc_safetensors *st, const entry *e)
+{
+    return e->ndim != 0 ? st->shapes + e->shape_at : NULL;
+}
+
 static int by_position(const void *a, const void *b)
 {
     const entry *x = a, *y = b;
@@ -352,7 +363,7 @@ static pc_status check_coverage(parser *p)
                            "before it ends; tensors may neither overlap nor leave gaps",
                            st->label, pc_quote_name(name, e->name, e->name_len), (unsigned long long)e->begin,
                            (unsigned long long)e->end, (unsigned long long)place);
-        if (!pc_tensor_bytes(e->dtype, st->shapes + e->shape_at, e->ndim, &bytes))
+        if (!pc_tensor_bytes(e->dtype, shape_of(st, e), e->ndim, &bytes))
             return bad_tensor(p, e, "its shape and dtype give a size that overflows or is not whole bytes");
         if (e->end - e->begin != bytes)
             return pc_fail(p->err, PC_ERR_FORMAT,
@@ -380,17 +391,14 @@ static pc_status make_tables(parser *p)
         return pc_fail_nomem(p->err, "the table of tensors");
     for (size_t i = 0; i < n; i++) {
         const entry *e = &p->entries[i];
-        size_t other;
-        if (pc_strmap_get(&st->index, e->name, e->name_len, &other))
-            return bad_tensor(p, e, "the name is given twice"); /* [8] */
-        if (!pc_strmap_put(&st->index, e->name, e->name_len, i))
+        if (!pc_strmap_put(&st->index, e->name, e->name_len, i)) /* from its place in the header to that in the file */
             return pc_fail_nomem(p->err, "the index of names");
         st->begins[i] = e->begin;
         st->tensors[i] = (pc_tensor_info){.name = e->name,
                                           .name_len = e->name_len,
                                           .dtype = e->dtype,
                                           .ndim = e->ndim,
-                                          .shape = e->ndim != 0 ? st->shapes + e->shape_at : NULL,
+                                          .shape = shape_of(st, e),
                                           .nbytes = e->end - e->begin};
     }
     st->weights.tensors = st->tensors;

@@ -60,7 +60,7 @@ typedef struct text {
 static void put(text *t, const char *bytes, size_t len)
 {
     size_t need;
-    if (t->failed)
+    if (t->failed || len == 0)
         return;
     if (!pc_add_size(t->len, len, &need)) {
         t->failed = true;
