@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 
+from . import _core
+
 _MASK = (1 << 64) - 1
 _base: int | None = None
 _counter = itertools.count()
@@ -26,6 +28,7 @@ def manual_seed(seed: int) -> None:
         raise ValueError(f"seed must be between -2**63 and 2**64 - 1, got {seed}")
     _counter = itertools.count()
     _base = seed & _MASK
+    _core.manual_seed(_base)
 
 
 def next_seed() -> int:

@@ -24,9 +24,11 @@ typedef struct peftc_state {
     PyTypeObject *registry_type;
     PyTypeObject *module_type;  /* peftc._core.Module */
     PyTypeObject *layer_type;   /* peftc._core.Layer: base of the nn layer types */
+    PyTypeObject *parameter_type; /* peftc._core.Parameter */
     PyTypeObject *arena_type;   /* keeps an arena alive under its views */
     PyTypeObject *safe_open_type;
     PyTypeObject *safe_slice_type; /* what safe_open.get_slice returns */
+    uint64_t seed, next_stream; /* manual_seed; every draw takes the next stream */
 } peftc_state;
 
 extern struct PyModuleDef peftc_module;

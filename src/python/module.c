@@ -125,6 +125,7 @@ static int traverse_module(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->registry_type);
     Py_VISIT(state->module_type);
     Py_VISIT(state->layer_type);
+    Py_VISIT(state->parameter_type);
     Py_VISIT(state->arena_type);
     Py_VISIT(state->safe_open_type);
     Py_VISIT(state->safe_slice_type);
@@ -139,6 +140,7 @@ static int clear_module(PyObject *module)
     Py_CLEAR(state->registry_type);
     Py_CLEAR(state->module_type);
     Py_CLEAR(state->layer_type);
+    Py_CLEAR(state->parameter_type);
     Py_CLEAR(state->arena_type);
     Py_CLEAR(state->safe_open_type);
     Py_CLEAR(state->safe_slice_type);

@@ -269,8 +269,12 @@ static PyObject *pin_weights(registry_object *self, peftc_state *state)
         PyObject *object = PyList_GET_ITEM(self->objects, (Py_ssize_t)i);
         if (!is_layer(state, object))
             continue;
+        peftc_layer_object *layer = (peftc_layer_object *)object;
+        if (peftc_layer_sync(layer) < 0) {
+            Py_CLEAR(pins);
+            break;
+        }
         describe(state, object, &table->items[i]);
-        const peftc_layer_object *layer = (peftc_layer_object *)object;
         if ((layer->weight_owner != NULL && PyList_Append(pins, layer->weight_owner) < 0) ||
             (layer->bias_owner != NULL && PyList_Append(pins, layer->bias_owner) < 0))
             Py_CLEAR(pins);

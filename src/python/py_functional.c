@@ -1,0 +1,379 @@
+/* Functions of peftc.nn.functional: the pieces of a model that have no weights
+ * of their own, and linear and layer_norm over weights given as arrays.
+ *
+ * Floating input of float16 or bfloat16 is computed in float32 and given back
+ * in its own dtype.  Results are always new arrays. */
+#include "layer.h"
+
+#include <math.h>
+
+#include "../kernels/kernels.h"
+#include "arrays.h"
+
+/* Below this many elements a call takes less time than giving up the GIL is worth. */
+#define WORTH_RELEASING 4096
+
+int peftc_activation_from_name(PyObject *name, pc_activation_fn *out)
+{
+    static const struct {
+        const char *name;
+        pc_activation_fn act;
+    } known[] = {{"gelu", PC_ACT_GELU}, {"gelu_tanh", PC_ACT_GELU_TANH}, {"relu", PC_ACT_RELU},
+                 {"silu", PC_ACT_SILU}, {"tanh", PC_ACT_TANH},           {"none", PC_ACT_NONE}};
+    if (PyUnicode_Check(name)) {
+        for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+            if (PyUnicode_CompareWithASCIIString(name, known[i].name) == 0) {
+                *out = known[i].act;
+                return 0;
+            }
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "unknown activation %R; known are gelu, gelu_tanh, relu, silu, tanh and none", name);
+    return -1;
+}
+
+/* ---------------------------------------------------------------- in and out */
+
+typedef struct operand {
+    PyArrayObject *array; /* contiguous, of the compute dtype */
+    pc_dtype in, compute;
+} operand;
+
+static int typenum_of(pc_dtype compute) { return compute == PC_F64 ? NPY_FLOAT64 : NPY_FLOAT32; }
+
+/* Any float array-like; `least` is the compute dtype that another operand asks for. */
+static int take(PyObject *obj, const char *what, pc_dtype least, operand *out)
+{
+    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OF(obj, NPY_ARRAY_NOTSWAPPED);
+    if (array == NULL)
+        return -1;
+    out->in = peftc_dtype_of(PyArray_DESCR(array));
+    if (!pc_dtype_get(out->in)->is_float) {
+        PyErr_Format(PyExc_TypeError, "%s must be an array of float32, float64, float16 or bfloat16, not of %S", what,
+                     (PyObject *)PyArray_DESCR(array));
+        Py_DECREF(array);
+        return -1;
+    }
+    out->compute = least == PC_F64 ? PC_F64 : pc_compute_dtype(out->in);
+    out->array = (PyArrayObject *)PyArray_FromArray(array, PyArray_DescrFromType(typenum_of(out->compute)),
+                                                    NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    Py_DECREF(array);
+    return out->array != NULL ? 0 : -1;
+}
+
+static PyArrayObject *new_like(const operand *x)
+{
+    return (PyArrayObject *)PyArray_SimpleNew(PyArray_NDIM(x->array), PyArray_DIMS(x->array), typenum_of(x->compute));
+}
+
+/* The result in the dtype of the input it came from. */
+static PyObject *give(peftc_state *state, const operand *x, PyArrayObject *y)
+{
+    if (y == NULL || x->in == x->compute || x->compute == PC_F64)
+        return (PyObject *)y;
+    PyArray_Descr *descr = peftc_descr_of(state, x->in);
+    PyObject *narrow = descr != NULL ? PyArray_FromArray(y, descr, NPY_ARRAY_FORCECAST) : NULL;
+    Py_DECREF(y);
+    return narrow;
+}
+
+/* -------------------------------------------------------------- elementwise */
+
+static PyObject *activate(PyObject *module, PyObject *obj, pc_activation_fn act)
+{
+    peftc_state *state = peftc_get_state(module);
+    operand x;
+    if (take(obj, "the input", PC_F32, &x) < 0)
+        return NULL;
+    PyArrayObject *y = new_like(&x);
+    if (y != NULL) {
+        const void *src = PyArray_DATA(x.array);
+        void *dst = PyArray_DATA(y);
+        int64_t n = PyArray_SIZE(y);
+        PyThreadState *saved = n >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
+        pc_activate(state->rt, x.compute, act, n, src, dst);
+        if (saved != NULL)
+            PyEval_RestoreThread(saved);
+    }
+    PyObject *result = give(state, &x, y);
+    Py_DECREF(x.array);
+    return result;
+}
+
+static PyObject *f_gelu(PyObject *module, PyObject *x) { return activate(module, x, PC_ACT_GELU); }
+static PyObject *f_gelu_tanh(PyObject *module, PyObject *x) { return activate(module, x, PC_ACT_GELU_TANH); }
+static PyObject *f_relu(PyObject *module, PyObject *x) { return activate(module, x, PC_ACT_RELU); }
+static PyObject *f_silu(PyObject *module, PyObject *x) { return activate(module, x, PC_ACT_SILU); }
+static PyObject *f_tanh(PyObject *module, PyObject *x) { return activate(module, x, PC_ACT_TANH); }
+
+static PyObject *f_softmax(PyObject *module, PyObject *obj)
+{
+    peftc_state *state = peftc_get_state(module);
+    operand x;
+    if (take(obj, "the input", PC_F32, &x) < 0)
+        return NULL;
+    int ndim = PyArray_NDIM(x.array);
+    PyArrayObject *y = NULL;
+    if (ndim == 0)
+        PyErr_SetString(PyExc_ValueError, "softmax needs an axis to go over, and the input has none");
+    else
+        y = new_like(&x);
+    if (y != NULL) {
+        int64_t width = PyArray_DIM(y, ndim - 1), rows = PyArray_MultiplyList(PyArray_DIMS(y), ndim - 1);
+        const void *src = PyArray_DATA(x.array);
+        void *dst = PyArray_DATA(y);
+        PyThreadState *saved = rows * width >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
+        pc_softmax(state->rt, x.compute, rows, width, src, dst);
+        if (saved != NULL)
+            PyEval_RestoreThread(saved);
+    }
+    PyObject *result = give(state, &x, y);
+    Py_DECREF(x.array);
+    return result;
+}
+
+static PyObject *f_dropout(PyObject *module, PyObject *args)
+{
+    peftc_state *state = peftc_get_state(module);
+    PyObject *obj;
+    double p;
+    if (!PyArg_ParseTuple(args, "Od:dropout", &obj, &p))
+        return NULL;
+    if (!(p >= 0.0 && p <= 1.0))
+        return PyErr_Format(PyExc_ValueError, "dropout: p must be between 0 and 1, got %R", PyTuple_GET_ITEM(args, 1));
+    operand x;
+    if (take(obj, "the input", PC_F32, &x) < 0)
+        return NULL;
+    PyArrayObject *y = new_like(&x);
+    if (y != NULL) {
+        pc_rng rng = peftc_next_rng(state);
+        const void *src = PyArray_DATA(x.array);
+        void *dst = PyArray_DATA(y);
+        int64_t n = PyArray_SIZE(y);
+        Py_BEGIN_ALLOW_THREADS
+        if (p >= 1.0)
+            memset(dst, 0, (size_t)n * pc_dtype_size(x.compute));
+        else
+            pc_dropout(state->rt, x.compute, n, src, p, rng.seed, rng.stream, dst);
+        Py_END_ALLOW_THREADS
+    }
+    PyObject *result = give(state, &x, y);
+    Py_DECREF(x.array);
+    return result;
+}
+
+/* ------------------------------------------------- with weights given as arrays */
+
+/* An optional vector of `n` elements in the compute dtype; 0, or -1 with an exception. */
+static int take_vector(PyObject *obj, const char *what, int64_t n, pc_dtype compute, PyArrayObject **out)
+{
+    *out = NULL;
+    if (obj == Py_None)
+        return 0;
+    *out = (PyArrayObject *)PyArray_FROM_OTF(obj, typenum_of(compute), NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    if (*out == NULL)
+        return -1;
+    if (PyArray_NDIM(*out) == 1 && PyArray_DIM(*out, 0) == n)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s must have shape (%lld,)", what, (long long)n);
+    Py_CLEAR(*out);
+    return -1;
+}
+
+static const void *data_of(PyArrayObject *array) { return array != NULL ? PyArray_DATA(array) : NULL; }
+
+static PyObject *f_layer_norm(PyObject *module, PyObject *args)
+{
+    peftc_state *state = peftc_get_state(module);
+    PyObject *obj, *weight_obj, *bias_obj, *residual_obj;
+    double eps;
+    if (!PyArg_ParseTuple(args, "OOOdO:layer_norm", &obj, &weight_obj, &bias_obj, &eps, &residual_obj))
+        return NULL;
+    operand x, residual = {0};
+    if (take(obj, "the input", PC_F32, &x) < 0)
+        return NULL;
+    PyArrayObject *weight = NULL, *bias = NULL, *y = NULL;
+    int ndim = PyArray_NDIM(x.array);
+    if (ndim == 0) {
+        PyErr_SetString(PyExc_ValueError, "layer_norm needs an axis to go over, and the input has none");
+        goto done;
+    }
+    int64_t width = PyArray_DIM(x.array, ndim - 1), rows = PyArray_MultiplyList(PyArray_DIMS(x.array), ndim - 1);
+    if (take_vector(weight_obj, "the weight", width, x.compute, &weight) < 0 ||
+        take_vector(bias_obj, "the bias", width, x.compute, &bias) < 0)
+        goto done;
+    if (residual_obj != Py_None) {
+        residual.array = (PyArrayObject *)PyArray_FROM_OTF(residual_obj, typenum_of(x.compute),
+                                                           NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+        if (residual.array == NULL)
+            goto done;
+        if (!PyArray_SAMESHAPE(residual.array, x.array)) {
+            PyErr_SetString(PyExc_ValueError, "layer_norm: the residual and the input have different shapes");
+            goto done;
+        }
+    }
+    y = new_like(&x);
+    if (y != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        pc_layer_norm(state->rt, x.compute, rows, width, PyArray_DATA(x.array), data_of(residual.array), x.compute,
+                      data_of(weight), data_of(bias), eps, PyArray_DATA(y));
+        Py_END_ALLOW_THREADS
+    }
+done:
+    Py_XDECREF(residual.array);
+    Py_XDECREF(weight);
+    Py_XDECREF(bias);
+    PyObject *result = give(state, &x, y);
+    Py_DECREF(x.array);
+    return result;
+}
+
+static PyObject *f_linear(PyObject *module, PyObject *args)
+{
+    peftc_state *state = peftc_get_state(module);
+    PyObject *obj, *weight_obj, *bias_obj;
+    if (!PyArg_ParseTuple(args, "OOO:linear", &obj, &weight_obj, &bias_obj))
+        return NULL;
+    operand x = {0}, weight;
+    if (take(weight_obj, "the weight", PC_F32, &weight) < 0)
+        return NULL;
+    PyArrayObject *bias = NULL, *y = NULL;
+    if (take(obj, "the input", weight.compute, &x) < 0)
+        goto done;
+    if (x.compute != weight.compute) { /* a float64 input over a narrower weight */
+        PyArrayObject *wide = (PyArrayObject *)PyArray_Cast(weight.array, NPY_FLOAT64);
+        if (wide == NULL)
+            goto done;
+        Py_SETREF(weight.array, wide);
+    }
+    int ndim = PyArray_NDIM(x.array);
+    if (PyArray_NDIM(weight.array) != 2 || ndim == 0 ||
+        PyArray_DIM(x.array, ndim - 1) != PyArray_DIM(weight.array, 1)) {
+        PyErr_SetString(PyExc_ValueError, "linear: the input must be (..., in) and the weight (out, in)");
+        goto done;
+    }
+    int64_t out = PyArray_DIM(weight.array, 0), in = PyArray_DIM(weight.array, 1);
+    int64_t rows = PyArray_MultiplyList(PyArray_DIMS(x.array), ndim - 1);
+    if (take_vector(bias_obj, "the bias", out, x.compute, &bias) < 0)
+        goto done;
+    npy_intp shape[NPY_MAXDIMS];
+    memcpy(shape, PyArray_DIMS(x.array), (size_t)ndim * sizeof *shape);
+    shape[ndim - 1] = (npy_intp)out;
+    y = (PyArrayObject *)PyArray_SimpleNew(ndim, shape, typenum_of(x.compute));
+    if (y != NULL) {
+        pc_error err;
+        pc_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = pc_linear(state->rt, x.compute, rows, out, in, PyArray_DATA(x.array), x.compute,
+                           PyArray_DATA(weight.array), data_of(bias), PC_ACT_NONE, PyArray_DATA(y), &err);
+        Py_END_ALLOW_THREADS
+        if (status != PC_OK) {
+            peftc_raise(state, &err);
+            Py_CLEAR(y);
+        }
+    }
+done:
+    Py_DECREF(weight.array);
+    Py_XDECREF(bias);
+    PyObject *result = x.array != NULL ? give(state, &x, y) : NULL;
+    Py_XDECREF(x.array);
+    return result;
+}
+
+/* ------------------------------------------------------------------ attention */
+
+/* Which keys count: (batch, keys) of any integer, bool or float dtype → bytes; 0, or -1 with an exception. */
+static int take_mask(PyObject *obj, npy_intp batch, npy_intp keys, PyArrayObject **out)
+{
+    *out = NULL;
+    if (obj == Py_None)
+        return 0;
+    PyArrayObject *mask = (PyArrayObject *)PyArray_FROM_OTF(obj, NPY_BOOL, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    if (mask == NULL)
+        return -1;
+    if (PyArray_NDIM(mask) != 2 || PyArray_DIM(mask, 0) != batch || PyArray_DIM(mask, 1) != keys) {
+        PyErr_Format(PyExc_ValueError, "attention: the mask must have shape (batch, keys) = (%zd, %zd)",
+                     (Py_ssize_t)batch, (Py_ssize_t)keys);
+        Py_DECREF(mask);
+        return -1;
+    }
+    *out = mask;
+    return 0;
+}
+
+static PyObject *f_attention(PyObject *module, PyObject *args)
+{
+    peftc_state *state = peftc_get_state(module);
+    PyObject *q_obj, *k_obj, *v_obj, *mask_obj, *scale_obj;
+    Py_ssize_t heads;
+    if (!PyArg_ParseTuple(args, "OOOnOO:attention", &q_obj, &k_obj, &v_obj, &heads, &mask_obj, &scale_obj))
+        return NULL;
+    operand q = {0}, k = {0}, v = {0};
+    PyArrayObject *mask = NULL, *y = NULL;
+    if (take(q_obj, "q", PC_F32, &q) < 0 || take(k_obj, "k", q.compute, &k) < 0 ||
+        take(v_obj, "v", q.compute, &v) < 0)
+        goto done;
+    if (k.compute != q.compute || v.compute != q.compute) {
+        PyErr_SetString(PyExc_TypeError, "attention: q, k and v must have one dtype");
+        goto done;
+    }
+    const npy_intp *qd = PyArray_DIMS(q.array), *kd = PyArray_DIMS(k.array);
+    if (PyArray_NDIM(q.array) != 3 || PyArray_NDIM(k.array) != 3 || !PyArray_SAMESHAPE(k.array, v.array) ||
+        qd[0] != kd[0] || qd[2] != kd[2]) {
+        PyErr_SetString(PyExc_ValueError,
+                        "attention: q must be (batch, queries, width), k and v (batch, keys, width)");
+        goto done;
+    }
+    if (heads < 1 || qd[2] % heads != 0) {
+        PyErr_Format(PyExc_ValueError, "attention: a width of %zd does not divide into %zd heads", (Py_ssize_t)qd[2],
+                     heads);
+        goto done;
+    }
+    int64_t dim = qd[2] / heads;
+    double scale = scale_obj == Py_None ? 1.0 / sqrt((double)(dim > 0 ? dim : 1)) : PyFloat_AsDouble(scale_obj);
+    if ((scale == -1.0 && PyErr_Occurred()) || take_mask(mask_obj, qd[0], kd[1], &mask) < 0)
+        goto done;
+    y = new_like(&q);
+    if (y != NULL) {
+        pc_error err;
+        pc_status status;
+        int64_t batch = qd[0], tq = qd[1], tk = kd[1];
+        Py_BEGIN_ALLOW_THREADS
+        status = pc_attention(state->rt, q.compute, batch, heads, tq, tk, dim, PyArray_DATA(q.array),
+                              PyArray_DATA(k.array), PyArray_DATA(v.array), data_of(mask), scale, PyArray_DATA(y),
+                              &err);
+        Py_END_ALLOW_THREADS
+        if (status != PC_OK) {
+            peftc_raise(state, &err);
+            Py_CLEAR(y);
+        }
+    }
+done:
+    Py_XDECREF(k.array);
+    Py_XDECREF(v.array);
+    Py_XDECREF(mask);
+    PyObject *result = q.array != NULL ? give(state, &q, y) : NULL;
+    Py_XDECREF(q.array);
+    return result;
+}
+
+/* Signatures, defaults and documentation are in peftc/nn/functional.py. */
+static PyMethodDef functions[] = {
+    {"gelu", f_gelu, METH_O, NULL},
+    {"gelu_tanh", f_gelu_tanh, METH_O, NULL},
+    {"relu", f_relu, METH_O, NULL},
+    {"silu", f_silu, METH_O, NULL},
+    {"tanh", f_tanh, METH_O, NULL},
+    {"softmax", f_softmax, METH_O, NULL},
+    {"dropout", f_dropout, METH_VARARGS, NULL},
+    {"layer_norm", f_layer_norm, METH_VARARGS, NULL},
+    {"linear", f_linear, METH_VARARGS, NULL},
+    {"attention", f_attention, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+int peftc_add_functional(PyObject *module, peftc_state *state)
+{
+    (void)state;
+    return PyModule_AddFunctions(module, functions);
+}
