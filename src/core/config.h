@@ -89,7 +89,8 @@ typedef enum pc_field_type {
     PC_FIELD_SELECTOR,     /* pc_selector */
     PC_FIELD_NUMBERS,      /* pc_number_patterns; null is empty */
     PC_FIELD_MASKS,        /* pc_masks; null is empty */
-    PC_FIELD_IGNORED       /* known to PEFT, without effect here whatever its value */
+    PC_FIELD_IGNORED       /* known to PEFT, without effect here; adapter_config.c refuses the values of some that
+                              would change the result */
 } pc_field_type;
 
 typedef struct pc_field {
@@ -109,6 +110,9 @@ typedef struct pc_schema {
     void (*set_defaults)(void *params);
     /* Check the values together; the text names field and value. */
     pc_status (*validate)(const struct pc_config *config, pc_error *err);
+    /* Fields of pc_config below that PEFT's config of this method does not have, so that they are unknown in its
+     * files; ends with NULL. NULL: it has them all. */
+    const char *const *lacks;
 } pc_schema;
 
 typedef enum pc_bias {

@@ -16,6 +16,7 @@
 #include "memory.h"
 #include "pattern.h"
 #include "status.h"
+#include "utf8.h"
 
 /* --------------------------------------------------------------- characters */
 
@@ -64,9 +65,6 @@ typedef struct pc_set {
 } pc_set;
 
 bool pc_set_has(const pc_set *set, uint32_t c);
-
-/* Decode the UTF-8 character at text[*at]; advances *at. False when it is not valid UTF-8. */
-bool pc_utf8_next(const char *text, size_t len, size_t *at, uint32_t *c);
 
 /* --------------------------------------------------------------------- tree */
 
