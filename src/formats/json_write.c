@@ -69,7 +69,7 @@ static pc_status put_string(writer *w, const pc_json_value *value, bool name)
     pc_status status = put(w, "\"", 1);
     for (size_t at = 0; at < len && status == PC_OK;) {
         size_t start = at;
-        while (at < len && (unsigned char)text[at] >= 0x20 && (unsigned char)text[at] < 0x80 && text[at] != '"' &&
+        while (at < len && (unsigned char)text[at] >= 0x20 && (unsigned char)text[at] < 0x7F && text[at] != '"' &&
                text[at] != '\\')
             at++;
         if (at > start) {
@@ -78,7 +78,7 @@ static pc_status put_string(writer *w, const pc_json_value *value, bool name)
         }
         static const char letters[] = "\"\\\n\r\t\f\b", names[] = "\"\\nrtfb";
         uint32_t c = next_character(text, &at);
-        const char *letter = c != 0 && c < 0x80 ? strchr(letters, (int)c) : NULL;
+        const char *letter = c != 0 && c < 0x7F ? strchr(letters, (int)c) : NULL;
         char escape[16];
         if (letter != NULL)
             snprintf(escape, sizeof escape, "\\%c", names[letter - letters]);
