@@ -19,6 +19,9 @@ static const pc_field ia3_fields[] = {
     FIELD(init_ia3_weights, PC_FIELD_BOOL),
 };
 
+/* Fields of LoRA's config that IA3's does not have. */
+static const char *const ia3_lacks[] = {"bias", "layers_to_transform", "layers_pattern", NULL};
+
 static const ia3_params *ia3_params_of(const pc_config *config) { return config->params; }
 
 static void ia3_defaults(void *params) { ((ia3_params *)params)->init_ia3_weights = true; }
@@ -155,7 +158,8 @@ const pc_method pc_method_ia3 = {
                .field_count = sizeof ia3_fields / sizeof *ia3_fields,
                .params_size = sizeof(ia3_params),
                .set_defaults = ia3_defaults,
-               .validate = ia3_validate},
+               .validate = ia3_validate,
+               .lacks = ia3_lacks},
     .prefix = "ia3_",
     .roles = ia3_roles,
     .role_count = 1,
