@@ -288,6 +288,7 @@ def test_hand_made_archive():
         (tensor(key="../0"), "no entry for storage"),
         (tensor(key="x" * 300), "no entry for storage"),
         (tensor(kind="torch\nQInt8Storage"), "torch.QInt8Storage"),
+        (tensor(kind="torch\nIntStorage").replace(b"t\x89c", b"t\x88c"), "require gradients"),
         (tensor(kind="torch\nfloat32"), "not a storage type"),
         (b"]" + tensor() + b"a", "other than a dict"),
         (tensor() + b"\x85\x85", "other than a dict"),
@@ -307,6 +308,9 @@ def test_bad_tensors(value, match):
         (b"cbuiltins\neval\n" + text("1") + b"\x85R", "builtins.eval"),
         (b"c__builtin__\nexec\n" + text("1") + b"\x85R", "__builtin__.exec"),
         (b"cbuiltins\ngetattr\n", "builtins.getattr"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n)\x81", "create an instance of torch._utils._rebuild_tensor_v2"),
+        (b"c_codecs\nencode\n" + text("x") + text("rot13") + b"\x86R", "arguments"),
+        (storage().replace(b"tQ", b"NtQ"), "no place in a zip"),
         (b"cbuiltins\nobject\n)\x81", "builtins.object"),
         (b"csubprocess\nPopen\n", "subprocess.Popen"),
         (b"ctorch\nload\n", "torch.load"),
@@ -650,6 +654,7 @@ def test_legacy_rules():
     refused(legacy(LEGACY_ONE) + b"x", "behind its last storage")
     refused(legacy(LEGACY_ONE, version=1000), "protocol version")
     refused(legacy(LEGACY_ONE, keys=(3,)), "not a string")
+    refused(legacy(LEGACY_ONE.replace(b"NtQ", b"tQ")), "not that of a storage in the legacy layout")
     refused(pickle.dumps(3, 2) + legacy(LEGACY_ONE), "another pickle")
     refused(pickle.dumps({"w": [1.0, 2.0]}, 2), "another pickle")
     refused(legacy(LEGACY_ONE.replace(b"J\x04\x00\x00\x00Nt", b"J\x00\x00\x00\x7fNt")), "larger than the file")

@@ -541,7 +541,7 @@ static pc_status run_stack_global(pc_pickle *pickle, pc_error *err)
                        name->count, err);
 }
 
-static pc_status run_reduce(pc_pickle *pickle, pc_error *err)
+static pc_status run_reduce(pc_pickle *pickle, bool new_object, pc_error *err)
 {
     pc_status status = require(pickle, 2, err);
     if (status != PC_OK)
@@ -549,7 +549,7 @@ static pc_status run_reduce(pc_pickle *pickle, pc_error *err)
     pc_pickle_ref arguments = pickle->stack[--pickle->stack_count];
     pc_pickle_ref callable = pickle->stack[--pickle->stack_count];
     pc_pickle_ref result;
-    status = pc_torch_reduce(pickle, callable, arguments, &result, err);
+    status = pc_torch_reduce(pickle, callable, arguments, new_object, &result, err);
     return status == PC_OK ? push(pickle, result, err) : status;
 }
 
@@ -691,7 +691,7 @@ static pc_status step(pc_pickle *pickle, uint8_t op, pc_error *err)
         return run_stack_global(pickle, err);
     case OP_REDUCE:
     case OP_NEWOBJ:
-        return run_reduce(pickle, err);
+        return run_reduce(pickle, op == OP_NEWOBJ, err);
     case OP_BUILD:
         return run_build(pickle, err);
     case OP_BINPERSID:

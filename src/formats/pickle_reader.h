@@ -82,7 +82,8 @@ typedef struct pc_pickle_storage {
     size_t key_len;
     uint64_t count; /* of elements */
     uint64_t nbytes;
-    bool is_view; /* elements [view_start, view_start + view_count) of the storage */
+    bool has_view_field; /* the legacy layout's persistent ids have it, those in a zip archive have not */
+    bool is_view;        /* elements [view_start, view_start + view_count) of the storage */
     uint64_t view_start, view_count;
 } pc_pickle_storage;
 
@@ -152,9 +153,9 @@ bool pc_pickle_hashable(const pc_pickle_object *object);
 /* The row of the allow-list for module.name, or an error that names it. */
 pc_status pc_torch_find_global(const pc_pickle *pickle, const char *module, size_t module_len, const char *name,
                                size_t name_len, int64_t *row, pc_error *err);
-/* Apply a row of the table to the items of a tuple. */
-pc_status pc_torch_reduce(pc_pickle *pickle, pc_pickle_ref callable, pc_pickle_ref arguments, pc_pickle_ref *result,
-                          pc_error *err);
+/* Apply a row of the table to the items of a tuple; new_object: it must be a type. */
+pc_status pc_torch_reduce(pc_pickle *pickle, pc_pickle_ref callable, pc_pickle_ref arguments, bool new_object,
+                          pc_pickle_ref *result, pc_error *err);
 /* BINPERSID: a storage. */
 pc_status pc_torch_persistent(pc_pickle *pickle, pc_pickle_ref id, pc_pickle_ref *result, pc_error *err);
 

@@ -137,6 +137,13 @@ static bool is_text(const pc_pickle *pickle, pc_pickle_ref ref)
     return is_kind(pickle, ref, PC_PICKLE_TEXT) || is_kind(pickle, ref, PC_PICKLE_BYTES); /* bytes: from Python 2 */
 }
 
+static bool is_latin1(const pc_pickle *pickle, pc_pickle_ref ref)
+{
+    const pc_pickle_object *o = at(pickle, ref);
+    return is_text(pickle, ref) && (same(pc_pickle_bytes(pickle, o), o->count, "latin1") ||
+                                    same(pc_pickle_bytes(pickle, o), o->count, "latin-1"));
+}
+
 static bool is_number(const pc_pickle *pickle, pc_pickle_ref ref)
 {
     return is_kind(pickle, ref, PC_PICKLE_INT) || is_kind(pickle, ref, PC_PICKLE_FLOAT);
@@ -180,7 +187,7 @@ pc_status pc_torch_persistent(pc_pickle *pickle, pc_pickle_ref id, pc_pickle_ref
     if (type == NULL || (type->action != STORAGE_TYPE && type->action != UNTYPED_STORAGE))
         return pc_pickle_bad(pickle, err, "the type of a storage is %s and not a storage type",
                              pc_pickle_kind_name(at(pickle, item[1])));
-    pc_pickle_storage request = {.dtype = type->dtype};
+    pc_pickle_storage request = {.dtype = type->dtype, .has_view_field = tuple->count == 6};
     if (!is_text(pickle, item[2]) || !is_text(pickle, item[3]) || !get_count(pickle, item[4], &request.count))
         return pc_pickle_bad(pickle, err, "a storage is described wrongly: key, location and size should be two strings "
                                           "and a number");
@@ -244,6 +251,8 @@ static pc_status check_extent(const pc_pickle *pickle, const pc_pickle_tensor *t
     return PC_OK;
 }
 
+static bool is_integer(pc_dtype dtype) { return dtype >= PC_BOOL && dtype <= PC_I64; }
+
 /* Conjugated or negated lazily: {"conj": True}.  The stored numbers are not the tensor's. */
 static bool plain_metadata(const pc_pickle *pickle, pc_pickle_ref ref)
 {
@@ -290,6 +299,8 @@ static pc_status rebuild_tensor(pc_pickle *pickle, const global *g, const pc_pic
             return pc_pickle_bad(pickle, err, "tensors of type torch.%s are not supported", dtype->name);
         tensor.dtype = dtype->dtype;
     }
+    if (count > 4 && args[4] == PC_PICKLE_REF_TRUE && is_integer(tensor.dtype))
+        return pc_pickle_bad(pickle, err, "a tensor of integers is said to require gradients");
     if (count == wanted + 1 && !plain_metadata(pickle, args[wanted]))
         return pc_pickle_bad(pickle, err, "a tensor is lazily conjugated or negated; call .resolve_conj().resolve_neg() "
                                           "on it before torch.save");
@@ -405,11 +416,11 @@ static pc_status make_value(pc_pickle *pickle, const global *g, const pc_pickle_
         ok = count == 2 && is_number(pickle, args[0]) && is_number(pickle, args[1]);
         break;
     case ENCODE: /* ("text", "latin1") */
-        ok = count == 2 && is_text(pickle, args[0]) && is_text(pickle, args[1]);
+        ok = count == 2 && is_text(pickle, args[0]) && is_latin1(pickle, args[1]);
         break;
     case BYTEARRAY: /* never a number, which would ask for that much memory */
         ok = count == 0 || (count <= 2 && (is_text(pickle, args[0]) || is_kind(pickle, args[0], PC_PICKLE_OPAQUE)) &&
-                            (count == 1 || is_text(pickle, args[1])));
+                            (count == 1 || is_latin1(pickle, args[1])));
         break;
     default:
         break;
@@ -417,10 +428,29 @@ static pc_status make_value(pc_pickle *pickle, const global *g, const pc_pickle_
     return ok ? pc_pickle_new(pickle, kind, result, err) : wrong_arguments(pickle, g, err);
 }
 
-pc_status pc_torch_reduce(pc_pickle *pickle, pc_pickle_ref callable, pc_pickle_ref arguments, pc_pickle_ref *result,
-                          pc_error *err)
+static bool is_type(const global *g)
+{
+    switch (g->action) {
+    case ORDERED_DICT:
+    case COUNTER:
+    case SET:
+    case BYTEARRAY:
+    case COMPLEX:
+    case SIZE:
+    case DEVICE:
+    case PARAMETER:
+        return true;
+    default:
+        return false;
+    }
+}
+
+pc_status pc_torch_reduce(pc_pickle *pickle, pc_pickle_ref callable, pc_pickle_ref arguments, bool new_object,
+                          pc_pickle_ref *result, pc_error *err)
 {
     const global *g = as_global(pickle, callable);
+    if (g != NULL && new_object && !is_type(g))
+        return pc_pickle_bad(pickle, err, "refused to create an instance of %s.%s", g->module, g->name);
     if (g == NULL)
         return pc_pickle_bad(pickle, err, "refused to call %s", pc_pickle_kind_name(at(pickle, callable)));
     if (!is_kind(pickle, arguments, PC_PICKLE_TUPLE))

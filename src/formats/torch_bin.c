@@ -84,7 +84,7 @@ static pc_status zip_storage(void *context, const pc_pickle *pickle, const pc_pi
     loader *load = context;
     pc_torch_bin *bin = load->bin;
     char quoted[PC_QUOTED], name[5 + MAX_KEY] = "data/";
-    if (request->is_view)
+    if (request->has_view_field)
         return pc_pickle_bad(pickle, err, "a view of a storage has no place in a zip archive");
     size_t entry = SIZE_MAX;
     if (request->key_len <= MAX_KEY) {
@@ -129,6 +129,8 @@ static pc_status legacy_storage(void *context, const pc_pickle *pickle, const pc
     pc_bin_storage storage = {
         .nbytes = request->nbytes, .entry = SIZE_MAX, .parent = SIZE_MAX, .dtype = request->dtype, .verified = true};
     *nbytes = request->nbytes;
+    if (!request->has_view_field)
+        return pc_pickle_bad(pickle, err, "a persistent id is not that of a storage in the legacy layout");
     if (request->nbytes > bin->source.size)
         return pc_pickle_bad(pickle, err, "a storage of %llu bytes is larger than the file",
                              (unsigned long long)request->nbytes);
