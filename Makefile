@@ -12,7 +12,7 @@ CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 CLANG ?= clang
 WERROR ?= -Werror
 
-CORE_C := $(sort $(wildcard src/core/*.c src/kernels/*.c src/methods/*.c src/formats/*.c))
+CORE_C := $(sort $(wildcard src/core/*.c src/kernels/*.c src/kernels/*/*.c src/methods/*.c src/formats/*.c))
 SOURCES := $(CORE_C) $(wildcard src/*/*.h src/python/*.c) setup.py pyproject.toml
 
 # ---------------------------------------------------------------- environment

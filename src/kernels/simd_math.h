@@ -1,0 +1,66 @@
+/* Elementary functions on f32 vectors.  Included by the ISA files after their vector operations.
+ * Polynomials: our own least-squares fits, reweighted towards the minimax one; errors measured over all of the
+ * range in tests/c/test_kernels.c. */
+
+#define LOG2E 0x1.715476p+0f
+#define LN2_HIGH (355.0f / 512.0f) /* few bits: n · LN2_HIGH is exact */
+#define LN2_LOW (-2.12194440e-4f)
+
+/* e^x: relative error below 2e-7; 0 below -105, infinity above 88.73, NaN for NaN. */
+static inline V v_exp(V x)
+{
+    x = v_min(v_set1(90.0f), v_max(v_set1(-105.0f), x));
+    V n = v_round(x * v_set1(LOG2E));
+    V r = v_fma(n, v_set1(-LN2_LOW), v_fma(n, v_set1(-LN2_HIGH), x));
+    V p = v_set1(0x1.6a2348p-10f);
+    p = v_fma(p, r, v_set1(0x1.123a6cp-7f));
+    p = v_fma(p, r, v_set1(0x1.5558f4p-5f));
+    p = v_fma(p, r, v_set1(0x1.555490p-3f));
+    p = v_fma(p, r, v_set1(0x1.fffffcp-2f));
+    p = v_fma(p, r * r, r) + v_set1(1.0f);
+    return v_scale2(p, n);
+}
+
+/* x Φ(x) = max(x, 0) - g(|x|), g(t) = t · ½ erfc(t/√2) = t / P(t)^8: absolute error below 3e-7, because g never
+ * exceeds 0.17, and no cancellation for large |x|. */
+static inline V v_gelu(V x)
+{
+    V t = v_min(v_set1(15.0f), v_abs(x));
+    V p = v_set1(3.3544602e-06f);
+    p = v_fma(p, t, v_set1(-2.03807795e-05f));
+    p = v_fma(p, t, v_set1(0.000118087548f));
+    p = v_fma(p, t, v_set1(8.75046389e-05f));
+    p = v_fma(p, t, v_set1(0.00112559216f));
+    p = v_fma(p, t, v_set1(0.00931583438f));
+    p = v_fma(p, t, v_set1(0.0488703847f));
+    p = v_fma(p, t, v_set1(0.108752005f));
+    p = v_fma(p, t, v_set1(1.09050834f));
+    p = p * p;
+    p = p * p;
+    p = p * p;
+    return v_max(v_set1(0.0f), x) - t / p;
+}
+
+/* x / (1 + e^-x) */
+static inline V v_silu(V x) { return x / (v_set1(1.0f) + v_exp(v_set1(0.0f) - x)); }
+
+/* ½x (1 + tanh u) = x / (1 + e^-2u), u = √(2/π) (x + 0.044715 x³) */
+static inline V v_gelu_tanh(V x)
+{
+    const float c = -2.0f * 0.79788456f;
+    return x / (v_set1(1.0f) + v_exp(x * v_fma(x * x, v_set1(c * 0.044715f), v_set1(c))));
+}
+
+static inline V v_tanh(V x)
+{
+    V t = v_abs(x), u = x * x;
+    V p = v_set1(-0.00551513862f); /* near 0, where the other form cancels */
+    p = v_fma(p, u, v_set1(0.0204693936f));
+    p = v_fma(p, u, v_set1(-0.0536880121f));
+    p = v_fma(p, u, v_set1(0.133308306f));
+    p = v_fma(p, u, v_set1(-0.333332598f));
+    p = v_fma(p * u, t, t);
+    V q = v_set1(1.0f) - v_set1(2.0f) / (v_exp(t + t) + v_set1(1.0f));
+    V r = v_select_less(t, v_set1(0.65f), p, q);
+    return v_copysign(r, x);
+}

@@ -1,0 +1,141 @@
+/* What an instruction set provides: one table per implementation, chosen once in dispatch.c.
+ *
+ * The implementations share their code (simd_rows.h, simd_math.h, simd_products.h) and differ in the handful of
+ * vector operations that each ISA file defines under the same names.
+ */
+#ifndef PEFTC_KERNELS_TABLE_H
+#define PEFTC_KERNELS_TABLE_H
+
+#include "kernels.h"
+
+/* Functions of one row (or any contiguous run) of n elements of the compute dtype. */
+typedef struct pc_row_ops {
+    /* y = act(x); y may be x */
+    void (*activate)(pc_activation_fn act, int64_t n, const void *x, void *y);
+    /* y = act(y + bias); bias may be NULL */
+    void (*finish)(pc_activation_fn act, int64_t n, const void *bias, void *y);
+    /* y = x ⊙ s */
+    void (*multiply)(int64_t n, const void *x, const void *s, void *y);
+    /* y = x · c */
+    void (*scale)(int64_t n, const void *x, double c, void *y);
+    /* y += c · x */
+    void (*axpy)(int64_t n, double c, const void *x, void *y);
+    /* Mean and biased variance of x + residual; the sum is written to y (residual may be NULL: x is copied). */
+    void (*moments)(int64_t n, const void *x, const void *residual, void *y, double *mean, double *variance);
+    double (*mean_square)(int64_t n, const void *x);
+    /* y = (x - mean) · r ⊙ weight + bias; weight and bias may be NULL, y may be x */
+    void (*normalise)(int64_t n, const void *x, double mean, double r, const void *weight, const void *bias, void *y);
+    /* y = softmax(c · x + add); add may be NULL, y may be x */
+    void (*softmax)(int64_t n, const void *x, double c, const void *add, void *y);
+} pc_row_ops;
+
+/* A matrix x (rows, k), f32, transposed in panels of whole vectors: panel after panel, each [k][vectors · lanes].
+ * Rows that fill up the last vector are zero. */
+typedef struct pc_panels {
+    int64_t rows, k;
+    int64_t count;          /* panels */
+    int64_t vectors, extra; /* the first `extra` panels have vectors + 1 vectors, the others `vectors` */
+    int lanes;
+    float *data;
+} pc_panels;
+
+/* y (m,n) = act(x · wᵀ + bias) for f32 activations and any weight dtype. */
+typedef struct pc_linear_job {
+    int64_t m, n, k;
+    const float *x;
+    const pc_panels *panels; /* x, for `linear`; unused by `dot` */
+    pc_dtype wdt;
+    const void *w;
+    const float *bias; /* widened; or NULL */
+    pc_activation_fn act;
+    float *y;
+} pc_linear_job;
+
+/* c (m,n) = [c +] a (m,k) · op(b), then act(· + bias), for f32 a and c and any dtype of b. */
+typedef struct pc_product_job {
+    int64_t m, n, k;
+    const float *a;
+    int64_t lda;
+    pc_dtype bdt;
+    const void *b;
+    bool b_rows; /* b is (n,k), each row holding a column of op(b); else (k,n) */
+    bool accumulate;
+    const float *bias;
+    pc_activation_fn act;
+    float *c;
+    int64_t ldc;
+} pc_product_job;
+
+/* One head of attention, f32. */
+typedef struct pc_head_job {
+    int64_t tq, tk, dim, stride; /* stride between tokens, in elements */
+    const float *q, *k, *v;
+    const float *add; /* (tk) added to the scores, or NULL */
+    float scale;
+    float *out;
+    float *scratch; /* head_scratch(tk, dim) floats, 64-byte aligned */
+} pc_head_job;
+
+typedef struct pc_kernel_table {
+    const char *name;
+    int lanes;       /* f32 in a vector */
+    int max_vectors; /* widest panel */
+    const pc_row_ops *rows;
+    /* f32 ↔ f16, bf16 */
+    void (*widen)(pc_dtype src_dtype, const void *src, int64_t n, float *dst);
+    void (*narrow)(pc_dtype dst_dtype, const float *src, int64_t n, void *dst);
+    /* Fill panels [begin, end) of `p` from x. */
+    void (*pack)(const pc_panels *p, const float *x, int64_t begin, int64_t end);
+    /* Panels [panel_begin, panel_end) × strips of `lanes` weight rows [begin, end). */
+    void (*linear)(const pc_linear_job *job, int64_t panel_begin, int64_t panel_end, int64_t begin, int64_t end);
+    /* The same without panels, for few rows or few columns: all of m × weight rows [begin, end). */
+    void (*dot)(const pc_linear_job *job, int64_t begin, int64_t end);
+    /* Rows [row_begin, row_end) × columns [col_begin, col_end); col_begin is a multiple of lanes. */
+    void (*product)(const pc_product_job *job, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
+    int64_t (*head_scratch)(int64_t tk, int64_t dim);
+    void (*head)(const pc_head_job *job);
+} pc_kernel_table;
+
+extern const pc_kernel_table pc_table_generic;
+extern const pc_row_ops pc_rows_f64;
+#if defined(__x86_64__)
+extern const pc_kernel_table pc_table_avx2;
+extern const pc_kernel_table pc_table_avx512;
+#endif
+#if defined(__aarch64__)
+extern const pc_kernel_table pc_table_neon;
+#endif
+
+/* The table in use; the generic one before pc_kernels_init. */
+const pc_kernel_table *pc_kernels(void);
+
+static inline const pc_row_ops *pc_rows(pc_dtype dt) { return dt == PC_F64 ? &pc_rows_f64 : pc_kernels()->rows; }
+
+/* Layout of panels for `rows` rows: as equal as whole vectors allow, so that no narrow panel is left over. */
+void pc_panels_plan(pc_panels *p, const pc_kernel_table *table, int64_t rows, int64_t k);
+static inline int64_t pc_panel_start(const pc_panels *p, int64_t panel) /* in vectors */
+{
+    return panel * p->vectors + (panel < p->extra ? panel : p->extra);
+}
+
+/* dst (n) f32 or f64 ← src of any float dtype, on this thread. */
+void pc_widen_to(pc_dtype dt, void *dst, pc_dtype src_dtype, const void *src, int64_t n);
+
+static inline int64_t pc_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t pc_max(int64_t a, int64_t b) { return a > b ? a : b; }
+/* Address of element i. */
+static inline const void *pc_at(pc_dtype dt, const void *base, int64_t i)
+{
+    return (const char *)base + (size_t)i * pc_dtype_size(dt);
+}
+static inline void *pc_at_mut(pc_dtype dt, void *base, int64_t i)
+{
+    return (char *)base + (size_t)i * pc_dtype_size(dt);
+}
+
+#ifdef PC_TEST_HOOKS
+/* Use the named implementation from now on ("avx512", "avx2", "neon", "generic"); false when this CPU lacks it. */
+bool pc_kernels_force_isa(const char *name);
+#endif
+
+#endif
