@@ -151,20 +151,38 @@ FUZZ := build/fuzz
 FUZZERS := $(patsubst tests/fuzz/%.c,$(FUZZ)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 FUZZ_RUN := $(if $(T),$(FUZZ)/fuzz_$(patsubst fuzz_%,%,$(basename $(notdir $(T)))),$(FUZZERS))
 
-$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.c $(CORE_C) $(wildcard src/*/*.h) | $(READY_BUILD)
-	@.ci/system-packages fuzz
+FUZZ_FLAGS = -std=c11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
+  -Isrc -isystem $(blas_include) $(cjson_cflags)
+
+$(FUZZ)/src/%.o: src/%.c | $(READY_BUILD)
 	@mkdir -p $(@D)
 	@echo "  CLANG $<"
-	@$(CLANG) -std=c11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
-	  -fno-omit-frame-pointer -Isrc -isystem $(blas_include) $(cjson_cflags) $< $(CORE_C) $(C_LIBS) -o $@
+	@$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -MMD -MP -c $< -o $@
 
-.PHONY: fuzz
-fuzz: $(FUZZ_RUN) ## every parser under libFuzzer, FUZZ_SECONDS=60 each (T=name: one of them)
-	@for f in $(FUZZ_RUN); do \
-	  name=$$(basename $$f); seeds=tests/fuzz/seeds/$${name#fuzz_}; mkdir -p $(FUZZ)/corpus/$$name; \
-	  echo "== $$name, $(FUZZ_SECONDS) s"; \
+$(FUZZ)/libpeftc.a: $(CORE_C:%.c=$(FUZZ)/%.o)
+	@rm -f $@
+	@ar rcs $@ $^
+
+$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.c $(FUZZ)/libpeftc.a
+	@echo "  CLANG $<"
+	@$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer $< $(FUZZ)/libpeftc.a $(C_LIBS) -o $@
+
+-include $(CORE_C:%.c=$(FUZZ)/%.d)
+
+.PHONY: fuzz fuzz-programs
+fuzz-programs: $(FUZZ_RUN)
+
+fuzz: $(READY_BUILD) ## every parser under libFuzzer, FUZZ_SECONDS=60 each (T=name: one of them)
+	@.ci/system-packages fuzz
+	@$(MAKE) --no-print-directory -j$$(nproc) fuzz-programs
+	@set -o pipefail; for f in $(FUZZ_RUN); do \
+	  name=$${f##*/fuzz_}; corpus=$(FUZZ)/corpus/$$name; mkdir -p $$corpus $(FUZZ)/seeds/$$name; \
+	  if [ -e tests/fuzz/seeds_$$name.py ]; then $(PY) tests/fuzz/seeds_$$name.py $(FUZZ)/seeds/$$name || exit 1; fi; \
+	  if [ -e tests/fuzz/$$name.dict ]; then dict=-dict=tests/fuzz/$$name.dict; else dict=; fi; \
+	  echo "== fuzz_$$name, $(FUZZ_SECONDS) s"; \
 	  $$f -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 -verbosity=0 \
-	    -artifact_prefix=$(FUZZ)/$$name- $(FUZZ)/corpus/$$name $$(test -d $$seeds && echo $$seeds) || exit 1; \
+	    -artifact_prefix=$(FUZZ)/$$name- $$dict $$corpus $(FUZZ)/seeds/$$name 2>&1 \
+	    | sed '/Recommended dictionary/,/End of recommended/d' || exit 1; \
 	done
 
 # ---------------------------------------------------------------- cleaning
