@@ -1,0 +1,67 @@
+/* What the files of AdapterRegistry's binding share.
+ *
+ *   py_registry.c          the type: lifetime, names, what is active
+ *   py_registry_modules.c  the module table
+ *   py_registry_build.c    adding and loading adapters
+ *   py_registry_state.c    an adapter's tensors as arrays and as a file
+ *   py_registry_merge.c    merged weights
+ */
+#ifndef PEFTC_PYTHON_PY_REGISTRY_H
+#define PEFTC_PYTHON_PY_REGISTRY_H
+
+#include "binding.h"
+
+#include <pythread.h>
+
+#include "../methods/methods.h"
+#include "layer.h"
+
+typedef struct registry_object {
+    PyObject_HEAD
+    pc_registry *core;
+    PyObject *objects; /* list: the host's module by index */
+    PyObject *weakrefs;
+    PyThread_type_lock mutation; /* held by whatever grows the module table or builds adapters: those release the GIL */
+} registry_object;
+
+static inline peftc_state *registry_state(registry_object *self) { return peftc_state_of_type(Py_TYPE(self)); }
+
+/* Take and give back `mutation`; the GIL is held before and after, not while waiting. */
+void registry_lock(registry_object *self);
+void registry_unlock(registry_object *self);
+
+/* A name argument as UTF-8; NULL with an exception. */
+const char *registry_adapter_name(PyObject *obj, Py_ssize_t *len);
+/* The adapter called `arg` (borrowed from the registry); NULL with KeyError or TypeError. */
+pc_adapter *registry_find_adapter(registry_object *self, PyObject *arg);
+/* A new list of adapters' names. */
+PyObject *registry_name_list(pc_adapter *const *adapters, size_t count);
+
+/* Refresh every entry of the module table from its object, and return a list that keeps their buffers alive while
+ * the GIL is released; NULL with an exception. */
+PyObject *registry_pin_weights(registry_object *self, peftc_state *state);
+
+/* An object that keeps an arena alive under the arrays that view it. */
+PyObject *registry_arena(peftc_state *state, pc_arena *arena);
+extern PyType_Spec registry_arena_spec;
+
+/* Methods, with their docstrings, by the file that holds them. */
+extern const char registry_bind_doc[], registry_add_doc[], registry_load_doc[];
+PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs);
+PyObject *registry_add(PyObject *op, PyObject *args, PyObject *kwargs);
+PyObject *registry_load(PyObject *op, PyObject *args, PyObject *kwargs);
+
+extern const char registry_tensors_doc[], registry_state_dict_doc[], registry_saved_modules_doc[],
+    registry_adapted_modules_doc[], registry_save_doc[];
+PyObject *registry_tensors(PyObject *op, PyObject *arg);
+PyObject *registry_state_dict(PyObject *op, PyObject *arg);
+PyObject *registry_saved_modules(PyObject *op, PyObject *arg);
+PyObject *registry_adapted_modules(PyObject *op, PyObject *arg);
+PyObject *registry_save(PyObject *op, PyObject *args, PyObject *kwargs);
+
+extern const char registry_merge_doc[], registry_unmerge_doc[], registry_merged_doc[];
+PyObject *registry_merge(PyObject *op, PyObject *args, PyObject *kwargs);
+PyObject *registry_unmerge(PyObject *op, PyObject *unused);
+PyObject *registry_merged(PyObject *op, PyObject *unused);
+
+#endif

@@ -1,0 +1,189 @@
+/* AdapterRegistry: new adapters, fresh or from weights. */
+#include "py_registry.h"
+
+#include "../formats/adapter_config.h"
+#include "../formats/safetensors.h"
+#include "../formats/torch_bin.h"
+#include "array_weights.h"
+
+#define MOST_METHODS 64
+
+static pc_status parse_config(const char *text, Py_ssize_t len, const char *label, pc_config **out, pc_error *err)
+{
+    const pc_schema *schemas[MOST_METHODS];
+    size_t count = pc_method_count < MOST_METHODS ? pc_method_count : MOST_METHODS;
+    for (size_t i = 0; i < count; i++)
+        schemas[i] = &pc_methods[i]->schema;
+    return pc_config_parse(text, (size_t)len, label, schemas, count, out, err);
+}
+
+typedef struct new_adapter {
+    const char *name;
+    Py_ssize_t name_len;
+    const char *config;
+    Py_ssize_t config_len;
+    const char *label;
+    unsigned long long seed;
+    int trainable;
+} new_adapter;
+
+/* Config → built adapter → filled (from source, or initialised when it is NULL) → listed.  No GIL needed. */
+static pc_status make_adapter(registry_object *self, peftc_state *state, const new_adapter *request,
+                              pc_weights *source, pc_load_report *report, pc_error *err)
+{
+    pc_config *config = NULL;
+    pc_adapter *adapter = NULL;
+    pc_status status = parse_config(request->config, request->config_len, request->label, &config, err);
+    if (status != PC_OK)
+        return status;
+    status = pc_adapter_build(self->core, request->name, (size_t)request->name_len, config, &adapter, err);
+    if (status != PC_OK) {
+        pc_config_free(config);
+        return status;
+    }
+    adapter->trainable = request->trainable != 0;
+    if (source != NULL)
+        status = pc_adapter_load(state->rt, self->core, adapter, source, request->seed, report, err);
+    else
+        status = pc_adapter_init(state->rt, self->core, adapter, request->seed, err);
+    if (status == PC_OK)
+        status = pc_registry_insert(self->core, adapter, err);
+    if (status != PC_OK)
+        pc_adapter_release(adapter);
+    return status;
+}
+
+const char registry_add_doc[] =
+    "add($self, name, config, *, label='config', seed=0, trainable=True)\n--\n\n"
+             "Plan, allocate and initialise a new adapter from a config in JSON. It is listed but not active.\n\n"
+             "seed fixes every random draw, whatever the number of threads. Raises ValueError (a value that cannot work, "
+             "no target found, a name that is taken), NotImplementedError or MemoryError; nothing has changed then.";
+
+PyObject *registry_add(PyObject *op, PyObject *args, PyObject *kwargs)
+{
+    registry_object *self = (registry_object *)op;
+    static char *names[] = {"name", "config", "label", "seed", "trainable", NULL};
+    PyObject *name;
+    new_adapter request = {.label = "config", .trainable = 1};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os#|$sKp:add", names, &name, &request.config, &request.config_len,
+                                     &request.label, &request.seed, &request.trainable) ||
+        (request.name = registry_adapter_name(name, &request.name_len)) == NULL)
+        return NULL;
+    peftc_state *state = registry_state(self);
+    pc_error err;
+    pc_status status = PC_ERR_CALLBACK;
+    registry_lock(self);
+    PyObject *pins = registry_pin_weights(self, state);
+    if (pins != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        status = make_adapter(self, state, &request, NULL, NULL, &err);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(pins);
+    }
+    registry_unlock(self);
+    if (pins == NULL)
+        return NULL;
+    if (status != PC_OK)
+        return peftc_raise(state, &err);
+    Py_RETURN_NONE;
+}
+
+/* Open the weights that load() was given: a dict, or a file whose format its name tells. */
+static pc_weights *open_source(peftc_state *state, PyObject *source)
+{
+    if (PyDict_Check(source))
+        return peftc_array_weights(source);
+    PyObject *path = NULL;
+    if (!PyUnicode_FSConverter(source, &path))
+        return NULL;
+    const char *file = PyBytes_AS_STRING(path);
+    size_t len = strlen(file);
+    static const char extension[] = ".safetensors";
+    const size_t extension_len = sizeof extension - 1;
+    pc_weights *weights = NULL;
+    pc_error err;
+    pc_status status;
+    Py_BEGIN_ALLOW_THREADS
+    if (len >= extension_len && strcmp(file + len - extension_len, extension) == 0) {
+        pc_safetensors *st = NULL;
+        status = pc_safetensors_open(file, &st, &err);
+        if (status == PC_OK)
+            weights = pc_safetensors_weights(st);
+    } else {
+        status = pc_torch_bin_open(file, &weights, &err);
+    }
+    Py_END_ALLOW_THREADS
+    Py_DECREF(path);
+    if (status != PC_OK) {
+        peftc_raise(state, &err);
+        return NULL;
+    }
+    return weights;
+}
+
+static PyObject *list_of_strings(const pc_strings *strings)
+{
+    PyObject *list = PyList_New((Py_ssize_t)strings->count);
+    for (size_t i = 0; list != NULL && i < strings->count; i++) {
+        PyObject *text = PyUnicode_DecodeUTF8(strings->items[i].text, (Py_ssize_t)strings->items[i].len, "replace");
+        if (text == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, (Py_ssize_t)i, text);
+    }
+    return list;
+}
+
+const char registry_load_doc[] =
+    "load($self, name, config, source, *, label='config', seed=0, trainable=False)\n--\n\n"
+             "Plan, allocate and fill a new adapter from source: the path of a .safetensors or .bin file, or a dict of "
+             "name -> array.\n\n"
+             "Tensors are read straight into the adapter's arena and converted to the base layer's dtype. Names may "
+             "start with \"base_model.model.\". Returns (missing, unexpected): keys that source lacks, which were "
+             "initialised as add() would, and keys that the adapter does not know. The adapter is listed but not active. "
+             "Raises as add() does, ValueError for a wrong shape, KeyError for a missing modules_to_save tensor, and "
+             "the reader's errors; nothing has changed then.";
+
+PyObject *registry_load(PyObject *op, PyObject *args, PyObject *kwargs)
+{
+    registry_object *self = (registry_object *)op;
+    static char *names[] = {"name", "config", "source", "label", "seed", "trainable", NULL};
+    PyObject *name, *source_obj;
+    new_adapter request = {.label = "config"};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os#O|$sKp:load", names, &name, &request.config,
+                                     &request.config_len, &source_obj, &request.label, &request.seed,
+                                     &request.trainable) ||
+        (request.name = registry_adapter_name(name, &request.name_len)) == NULL)
+        return NULL;
+    peftc_state *state = registry_state(self);
+    pc_weights *source = open_source(state, source_obj);
+    if (source == NULL)
+        return NULL;
+    pc_load_report report = {0};
+    pc_pool_init(&report.pool);
+    pc_error err;
+    pc_status status = PC_ERR_CALLBACK;
+    registry_lock(self);
+    PyObject *pins = registry_pin_weights(self, state);
+    if (pins != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        status = make_adapter(self, state, &request, source, &report, &err);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(pins);
+    }
+    registry_unlock(self);
+    source->close(source);
+    PyObject *result = NULL;
+    if (pins != NULL && status != PC_OK) {
+        peftc_raise(state, &err);
+    } else if (pins != NULL) {
+        PyObject *missing = list_of_strings(&report.missing);
+        PyObject *unexpected = list_of_strings(&report.unexpected);
+        if (missing != NULL && unexpected != NULL)
+            result = PyTuple_Pack(2, missing, unexpected);
+        Py_XDECREF(missing);
+        Py_XDECREF(unexpected);
+    }
+    pc_load_report_free(&report);
+    return result;
+}

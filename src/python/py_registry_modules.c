@@ -1,0 +1,160 @@
+/* AdapterRegistry: the module table, filled from the host's modules. */
+#include "py_registry.h"
+
+static int is_module(peftc_state *state, PyObject *object)
+{
+    return state->module_type != NULL && PyObject_TypeCheck(object, state->module_type);
+}
+
+static int is_layer(peftc_state *state, PyObject *object)
+{
+    return state->layer_type != NULL && PyObject_TypeCheck(object, state->layer_type);
+}
+
+/* Copy what the core may need from the host's object into its table entry, names aside. */
+static void describe(peftc_state *state, PyObject *object, pc_module *entry)
+{
+    if (!is_layer(state, object))
+        return;
+    const pc_module *now = &((peftc_layer_object *)object)->core;
+    pc_module kept = *entry;
+    *entry = *now;
+    entry->name = kept.name;
+    entry->name_len = kept.name_len;
+    entry->class_name = kept.class_name;
+    entry->output_embedding = kept.output_embedding;
+    entry->alias_of = kept.alias_of;
+}
+
+static bool same_geometry(const pc_module *a, const pc_module *b)
+{
+    return a->kind == b->kind && a->in_features == b->in_features && a->out_features == b->out_features &&
+           memcmp(a->kernel, b->kernel, sizeof a->kernel) == 0 && a->groups == b->groups;
+}
+
+/* A name that the table knows: the same object (nothing to do) or one that took its place. */
+static int rebind(registry_object *self, peftc_state *state, pc_module *entry, PyObject *object)
+{
+    Py_ssize_t index = entry - pc_registry_modules(self->core)->items;
+    PyObject *old = PyList_GET_ITEM(self->objects, index);
+    if (old == object)
+        return 0;
+    if (pc_registry_count(self->core) != 0) {
+        if (is_layer(state, object) != is_layer(state, old) ||
+            (is_layer(state, object) && !same_geometry(entry, &((peftc_layer_object *)object)->core))) {
+            PyErr_Format(PyExc_ValueError,
+                         "module %s was replaced by a %s of another shape while adapters are attached; delete the "
+                         "adapters first",
+                         entry->name, Py_TYPE(object)->tp_name);
+            return -1;
+        }
+    }
+    peftc_module_object *module = (peftc_module_object *)object;
+    if (is_module(state, object) && module->registry != (PyObject *)self) {
+        Py_XSETREF(module->registry, Py_NewRef(self));
+        module->index = (int32_t)index;
+    }
+    return PyList_SetItem(self->objects, index, Py_NewRef(object));
+}
+
+static int bind_one(registry_object *self, peftc_state *state, PyObject *name_obj, PyObject *object,
+                    PyObject *output_embedding)
+{
+    Py_ssize_t len;
+    const char *name = PyUnicode_AsUTF8AndSize(name_obj, &len);
+    if (name == NULL)
+        return -1;
+    pc_module_table *table = pc_registry_modules(self->core);
+    pc_module *known = pc_module_table_find(table, name, (size_t)len);
+    if (known != NULL)
+        return rebind(self, state, known, object);
+
+    pc_module entry = {.name = name, .name_len = (size_t)len, .alias_of = -1, .groups = 1};
+    const char *dot = strrchr(Py_TYPE(object)->tp_name, '.');
+    entry.class_name = dot != NULL ? dot + 1 : Py_TYPE(object)->tp_name;
+    entry.output_embedding = output_embedding != Py_None && PyUnicode_Compare(output_embedding, name_obj) == 0;
+    peftc_module_object *module = is_module(state, object) ? (peftc_module_object *)object : NULL;
+    if (module != NULL && module->registry == (PyObject *)self) {
+        entry.alias_of = module->index; /* the same object under a second name */
+    } else if (module != NULL && module->registry != NULL &&
+               pc_registry_count(peftc_registry_core(module->registry)) != 0) {
+        PyErr_Format(PyExc_ValueError,
+                     "module %s already belongs to another model that has adapters attached; delete those first or "
+                     "attach the adapter to that model",
+                     name);
+        return -1;
+    }
+    describe(state, object, &entry);
+    size_t index;
+    pc_error err;
+    if (pc_module_table_add(table, &entry, &index, &err) != PC_OK) {
+        peftc_raise(state, &err);
+        return -1;
+    }
+    if (PyList_Append(self->objects, object) < 0)
+        return -1;
+    if (module != NULL && entry.alias_of < 0) {
+        Py_XSETREF(module->registry, Py_NewRef(self));
+        module->index = (int32_t)index;
+    }
+    return 0;
+}
+
+const char registry_bind_doc[] =
+    "bind($self, modules, output_embedding=None)\n--\n\n"
+             "Append (dotted name, module) pairs to the module table, the model itself first under \"\".\n\n"
+             "Modules of peftc.nn learn their registry and index. A name that is already bound is skipped, so the call "
+             "can be repeated as a model grows. output_embedding is the dotted name of the head that target_modules="
+             "\"all-linear\" leaves out.";
+
+PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs)
+{
+    registry_object *self = (registry_object *)op;
+    static char *names[] = {"modules", "output_embedding", NULL};
+    PyObject *modules, *output_embedding = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:bind", names, &modules, &output_embedding))
+        return NULL;
+    peftc_state *state = registry_state(self);
+    if (output_embedding != Py_None && !PyUnicode_Check(output_embedding))
+        return PyErr_Format(PyExc_TypeError, "output_embedding is a dotted name or None, got %R", output_embedding);
+    PyObject *fast = PySequence_Fast(modules, "modules must be a sequence of (name, module)");
+    if (fast == NULL)
+        return NULL;
+    PyObject *result = NULL;
+    registry_lock(self);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast); i++) {
+        PyObject *pair = PySequence_Fast_GET_ITEM(fast, i);
+        if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyUnicode_Check(PyTuple_GET_ITEM(pair, 0))) {
+            PyErr_Format(PyExc_TypeError, "modules[%zd] must be a tuple (name, module), got %R", i, pair);
+            goto done;
+        }
+        if (bind_one(self, state, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), output_embedding) < 0)
+            goto done;
+    }
+    result = Py_NewRef(Py_None);
+done:
+    registry_unlock(self);
+    Py_DECREF(fast);
+    return result;
+}
+
+PyObject *registry_pin_weights(registry_object *self, peftc_state *state)
+{
+    pc_module_table *table = pc_registry_modules(self->core);
+    PyObject *pins = PyList_New(0);
+    for (size_t i = 0; pins != NULL && i < table->count; i++) {
+        PyObject *object = PyList_GET_ITEM(self->objects, (Py_ssize_t)i);
+        if (!is_layer(state, object))
+            continue;
+        peftc_layer_object *layer = (peftc_layer_object *)object;
+        if (peftc_layer_sync(layer) < 0) {
+            Py_CLEAR(pins);
+            break;
+        }
+        describe(state, object, &table->items[i]);
+        if ((layer->weight_owner != NULL && PyList_Append(pins, layer->weight_owner) < 0) ||
+            (layer->bias_owner != NULL && PyList_Append(pins, layer->bias_owner) < 0))
+            Py_CLEAR(pins);
+    }
+    return pins;
+}
