@@ -251,6 +251,8 @@ static pc_status read_numbers(pc_config_reader *reader, const char *name, const 
         pc_fail(&field, PC_ERR_VALUE, "%s[\"%s\"]", name, key);
         if ((status = read_double(reader, field.text, member, &item->value)) != PC_OK)
             return status;
+        if (strcmp(name, "rank_pattern") == 0 && (item->value < 1 || item->value != floor(item->value)))
+            return pc_config_refuse(reader, field.text, "a rank, an integer of at least 1", member);
     }
     return PC_OK;
 }
