@@ -755,10 +755,22 @@ static pc_status parse_python_group(parser *p, uint32_t start, pc_node **out)
     return fail_at(p, start, peek(p) == NONE ? "unexpected end of pattern" : "unknown extension (?P");
 }
 
+/* To the end of a comment, which stays. An escaped end does not end it, and a lone backslash is an error even here. */
+static pc_status skip_comment(parser *p, uint32_t end)
+{
+    while (p->at < p->count && p->text[p->at] != end) {
+        if (p->text[p->at] == '\\' && ++p->at == p->count)
+            return fail_at(p, p->at - 1, "bad escape (end of pattern)");
+        p->at++;
+    }
+    return PC_OK;
+}
+
 /* After "(".  *out stays NULL for what leaves no node: comments and global flags. */
 static pc_status parse_group(parser *p, bool may_set_globals, pc_node **out)
 {
     uint32_t start = p->at - 1;
+    pc_status status;
     if (!take(p, '?'))
         return parse_capture(p, start, 0, 0, out);
     uint32_t c = peek(p);
@@ -773,8 +785,8 @@ static pc_status parse_group(parser *p, bool may_set_globals, pc_node **out)
     case '>':
         return wrap_body(p, PC_NODE_ATOMIC, start, out);
     case '#':
-        while (p->at < p->count && p->text[p->at] != ')')
-            p->at++;
+        if ((status = skip_comment(p, ')')) != PC_OK)
+            return status;
         return take(p, ')') ? PC_OK : fail_at(p, start, "missing ), unterminated comment");
     case '=':
     case '!':
@@ -796,7 +808,7 @@ static pc_status parse_group(parser *p, bool may_set_globals, pc_node **out)
         return fail_at(p, start, "unknown extension after (?");
     unsigned add = 0, remove = 0, outer = p->flags;
     bool global = false;
-    pc_status status = parse_flags(p, start, &add, &remove, &global);
+    status = parse_flags(p, start, &add, &remove, &global);
     if (status != PC_OK)
         return status;
     if (global) {
@@ -950,8 +962,8 @@ static pc_status parse_sequence(parser *p, bool first_at_top, pc_node **out)
                 continue;
             }
             if (c == '#') {
-                while (p->at < p->count && p->text[p->at] != '\n')
-                    p->at++;
+                if ((status = skip_comment(p, '\n')) != PC_OK)
+                    return status;
                 continue;
             }
         }
