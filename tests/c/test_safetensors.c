@@ -6,12 +6,66 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "../../src/core/utf8.h"
 #include "../../src/formats/atomic_file.h"
 #include "../../src/formats/json_scan.h"
 #include "../../src/formats/safetensors.h"
+
+/* The system calls that matter, in the C library's place: they can be made to give little, to be interrupted and to
+ * fail. */
+static struct {
+    size_t at_most;    /* bytes per call; 0: no limit */
+    bool interrupted;  /* every other call ends in EINTR */
+    int calls;
+    int fail_read, fail_write, fail_fsync, fail_rename, fail_link; /* an errno, or 0 */
+} io;
+
+static bool interrupt(void)
+{
+    if (!io.interrupted || io.calls++ % 2 != 0)
+        return false;
+    errno = EINTR;
+    return true;
+}
+
+ssize_t pread(int fd, void *to, size_t len, off_t offset)
+{
+    if (interrupt())
+        return -1;
+    if (io.fail_read != 0)
+        return errno = io.fail_read, -1;
+    return syscall(SYS_pread64, fd, to, io.at_most != 0 && len > io.at_most ? io.at_most : len, offset);
+}
+
+ssize_t write(int fd, const void *from, size_t len)
+{
+    if (interrupt())
+        return -1;
+    if (io.fail_write != 0)
+        return errno = io.fail_write, -1;
+    return syscall(SYS_write, fd, from, io.at_most != 0 && len > io.at_most ? io.at_most : len);
+}
+
+int fsync(int fd)
+{
+    if (interrupt())
+        return -1;
+    return io.fail_fsync != 0 ? errno = io.fail_fsync, -1 : (int)syscall(SYS_fsync, fd);
+}
+
+int rename(const char *old, const char *new)
+{
+    return io.fail_rename != 0 ? errno = io.fail_rename, -1
+                               : (int)syscall(SYS_renameat2, AT_FDCWD, old, AT_FDCWD, new, 0);
+}
+
+int linkat(int old_dir, const char *old, int new_dir, const char *new, int flags)
+{
+    return io.fail_link != 0 ? errno = io.fail_link, -1 : (int)syscall(SYS_linkat, old_dir, old, new_dir, new, flags);
+}
 
 static char folder[64];
 
@@ -321,6 +375,68 @@ static void try_atomic_files(void)
     CHECK(rmdir(path) == 0);
 }
 
+TEST(short_and_interrupted_calls)
+{
+    pc_error err;
+    for (size_t at_most = 1; at_most < 10; at_most++) {
+        io.at_most = at_most;
+        io.interrupted = true;
+        pc_status status = round_trip(&err);
+        memset(&io, 0, sizeof io);
+        CHECK_STATUS(status, PC_OK);
+    }
+    pc_safetensors *st;
+    REQUIRE_STATUS(pc_safetensors_open(in_folder("x"), &st, &err), PC_OK);
+    float a[2];
+    io.at_most = 3;
+    io.interrupted = true;
+    pc_weights *weights = pc_safetensors_weights(st);
+    pc_status status = weights->read(weights, pc_safetensors_find(st, "a", 1), a, &err);
+    memset(&io, 0, sizeof io);
+    CHECK_STATUS(status, PC_OK);
+    CHECK(a[0] == 1 && a[1] == 2);
+    io.fail_read = EIO;
+    CHECK_STATUS(weights->read(weights, 0, a, &err), PC_ERR_IO);
+    CHECK(err.sys_errno == EIO);
+    CHECK_CONTAINS(err.text, in_folder("x"));
+    memset(&io, 0, sizeof io);
+    pc_safetensors_close(st);
+}
+
+static void save_fails(int reason, bool named)
+{
+    pc_error err;
+    pc_tensor_view views[] = {view("other", PC_F32, 1, shape2, 8)};
+    pc_test_named_temporaries(named);
+    pc_status status = pc_safetensors_save(in_folder("x"), views, 1, NULL, 0, false, &err);
+    pc_test_named_temporaries(false);
+    memset(&io, 0, sizeof io);
+    CHECK_STATUS(status, PC_ERR_IO);
+    CHECK_INT(err.sys_errno, reason);
+    CHECK_CONTAINS(err.text, in_folder("x"));
+    CHECK_INT(entries_in_folder(), 1);
+    pc_safetensors *st;
+    REQUIRE_STATUS(pc_safetensors_open(in_folder("x"), &st, &err), PC_OK); /* the old file */
+    CHECK(pc_safetensors_find(st, "a", 1) != SIZE_MAX);
+    pc_safetensors_close(st);
+}
+
+TEST(a_failing_system_call_leaves_the_old_file)
+{
+    pc_error err;
+    REQUIRE_STATUS(round_trip(&err), PC_OK);
+    for (int named = 0; named < 2; named++) {
+        io.fail_write = ENOSPC;
+        save_fails(ENOSPC, named);
+        io.fail_fsync = EIO;
+        save_fails(EIO, named);
+        io.fail_rename = EXDEV;
+        save_fails(EXDEV, named);
+    }
+    io.fail_link = EPERM; /* only the file without a name needs it */
+    save_fails(EPERM, false);
+}
+
 /* With a file that gets its name late, and with one that has a name from the start. */
 TEST(atomic_files)
 {
@@ -350,6 +466,8 @@ int main(void)
     RUN(what_cannot_be_written_is_refused);
     RUN(every_allocation_may_fail);
     RUN(every_allocation_of_a_larger_header_may_fail);
+    RUN(short_and_interrupted_calls);
+    RUN(a_failing_system_call_leaves_the_old_file);
     RUN(atomic_files);
     unlink(in_folder("x"));
     rmdir(folder);
