@@ -131,6 +131,22 @@ void pc_pool_init(pc_pool *pool)
 {
     pool->chunks = NULL;
     pool->chunk_bytes = POOL_FIRST_CHUNK;
+    pool->scratch = false;
+}
+
+void pc_pool_init_scratch(pc_pool *pool)
+{
+    pc_pool_init(pool);
+    pool->scratch = true;
+}
+
+/* After the first small chunk come mappings: many adapters' tables would else
+ * be strewn over the heap, and deleting them would leave it full of holes. */
+static size_t next_chunk(size_t bytes)
+{
+    if (bytes < BLOCK_MMAP_BYTES)
+        return BLOCK_MMAP_BYTES;
+    return bytes < POOL_LARGEST_CHUNK ? bytes * 2 : bytes;
 }
 
 void *pc_pool_alloc(pc_pool *pool, size_t bytes)
@@ -144,15 +160,14 @@ void *pc_pool_alloc(pc_pool *pool, size_t bytes)
         size_t size = pool->chunk_bytes;
         if (size < header + need)
             size = header + need;
-        chunk = pc_block_alloc(size);
+        chunk = pool->scratch ? pc_malloc(size) : pc_block_alloc(size);
         if (chunk == NULL)
             return NULL;
         chunk->size = size;
         chunk->used = header;
         chunk->next = pool->chunks;
         pool->chunks = chunk;
-        if (pool->chunk_bytes < POOL_LARGEST_CHUNK)
-            pool->chunk_bytes *= 2;
+        pool->chunk_bytes = next_chunk(pool->chunk_bytes);
     }
     void *piece = (char *)chunk + chunk->used;
     chunk->used += need;
@@ -169,7 +184,9 @@ char *pc_pool_strndup(pc_pool *pool, const char *text, size_t len)
 {
     char *copy = len < SIZE_MAX ? pc_pool_alloc(pool, len + 1) : NULL;
     if (copy != NULL)
-        memcpy(copy, text, len); /* the pool is zeroed: the terminator is there */
+        memcpy(copy, text, len);
+    if (copy != NULL)
+        copy[len] = '\0';
     return copy;
 }
 
@@ -178,8 +195,12 @@ void pc_pool_free(pc_pool *pool)
     struct pc_pool_chunk *chunk = pool->chunks;
     while (chunk != NULL) {
         struct pc_pool_chunk *next = chunk->next;
-        pc_block_free(chunk, chunk->size);
+        if (pool->scratch)
+            pc_free(chunk);
+        else
+            pc_block_free(chunk, chunk->size);
         chunk = next;
     }
-    pc_pool_init(pool);
+    pool->chunks = NULL;
+    pool->chunk_bytes = POOL_FIRST_CHUNK;
 }

@@ -50,9 +50,13 @@ void pc_block_free(void *block, size_t bytes);
 typedef struct pc_pool {
     struct pc_pool_chunk *chunks;
     size_t chunk_bytes; /* size of the next chunk; grows */
+    bool scratch;
 } pc_pool;
 
 void pc_pool_init(pc_pool *pool);
+/* A pool for the intermediate results of one call: large pieces come from the
+ * heap, which has them ready for the next call, and nothing is zeroed. */
+void pc_pool_init_scratch(pc_pool *pool);
 void *pc_pool_alloc(pc_pool *pool, size_t bytes);          /* zeroed, 16-byte aligned; NULL on failure */
 void *pc_pool_array(pc_pool *pool, size_t count, size_t item); /* checks the product */
 char *pc_pool_strndup(pc_pool *pool, const char *text, size_t len);

@@ -210,7 +210,7 @@ static pc_status adalora_merge(pc_runtime *rt, const pc_adapter *adapter, const 
     const int64_t r = slot->rank, in = m->in_features, out = m->out_features;
     const double scale = adalora_scale(adapter, slot);
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     const void *a, *b;
     void *scaled;
     pc_status status =

@@ -89,11 +89,13 @@ pc_status dora_norms(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *s
     if (status != PC_OK)
         return status;
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     void *squares;
     status = pc_scratch(&scratch, PC_F64, module->out_features, 1, &squares, err);
-    if (status == PC_OK)
+    if (status == PC_OK) {
+        memset(squares, 0, (size_t)module->out_features * sizeof(double));
         status = sum_squares(rt, adapter, slot, module, compute, squares, &scratch, err);
+    }
     for (int64_t i = 0; status == PC_OK && i < module->out_features; i++)
         pc_put_double(compute, norms, i, sqrt(((double *)squares)[i]));
     pc_pool_free(&scratch);
@@ -172,11 +174,12 @@ pc_status dora_merge(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *s
     const pc_tensor *magnitude = pc_slot_tensor(adapter, slot, LORA_MAGNITUDE);
     const weight_view view = view_of(m);
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     void *squares;
     pc_status status = pc_scratch(&scratch, PC_F64, m->out_features, 1, &squares, err);
     if (status == PC_OK) {
         double *factor = squares;
+        memset(factor, 0, (size_t)m->out_features * sizeof *factor);
         add_squares(compute, weight, view.rows, view.columns, outputs_are_columns(m), 0, factor);
         for (int64_t i = 0; i < m->out_features; i++)
             factor[i] = pc_get_double(magnitude->dtype, pc_tensor_data(adapter, magnitude), i) / sqrt(factor[i]);

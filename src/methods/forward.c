@@ -119,7 +119,7 @@ pc_status pc_forward(const pc_call *outer, const pc_activation *activation, cons
     const pc_adapter *list_stack[NESTED_ON_STACK], **list = list_stack;
     const void *seen_stack[NESTED_ON_STACK], **seen = seen_stack;
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     if (activation->count > NESTED_ON_STACK) {
         list = pc_pool_array(&scratch, activation->count, sizeof *list);
         seen = pc_pool_array(&scratch, activation->count, sizeof *seen);

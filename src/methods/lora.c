@@ -282,7 +282,7 @@ pc_status lora_add_delta(pc_runtime *rt, const pc_adapter *adapter, const pc_slo
                          pc_dtype compute, void *weight, pc_error *err)
 {
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     lora_factors now, initial;
     pc_status status = lora_get_factors(rt, adapter, slot, compute, false, &scratch, &now, err);
     if (status == PC_OK)

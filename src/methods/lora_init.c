@@ -277,7 +277,7 @@ pc_status lora_init_slot(pc_runtime *rt, pc_adapter *adapter, const pc_slot *slo
                          bool loading, pc_error *err)
 {
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     pc_status status = init_factors(rt, adapter, slot, module, rng, loading, &scratch, err);
     const pc_tensor *magnitude = pc_slot_tensor(adapter, slot, LORA_MAGNITUDE);
     if (status == PC_OK && magnitude != NULL && !loading) {

@@ -194,7 +194,7 @@ static pc_status new_merged(const merge_plan *plan, pc_adapter *const *adapters,
 static pc_status merge_all(merge_job *job, const merge_plan *plan, pc_merged *merged, pc_error *err)
 {
     pc_pool scratch;
-    pc_pool_init(&scratch);
+    pc_pool_init_scratch(&scratch);
     pc_status status = PC_OK;
     if (plan->largest != 0) {
         status = pc_scratch(&scratch, PC_F32, plan->largest, 1, &job->weight_scratch, err);

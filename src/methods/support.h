@@ -26,7 +26,7 @@ pc_status pc_as_compute(pc_runtime *rt, pc_dtype compute, pc_dtype dtype, const 
 pc_status pc_tensor_as(pc_runtime *rt, pc_dtype compute, const pc_adapter *adapter, const pc_tensor *tensor,
                        pc_pool *scratch, const void **out, pc_error *err);
 
-/* support.c: room for a × b numbers in `scratch` (zeroed); the product is checked. */
+/* support.c: room for a × b numbers in `scratch` (not zeroed); the product is checked. */
 pc_status pc_scratch(pc_pool *scratch, pc_dtype dtype, int64_t a, int64_t b, void **out, pc_error *err);
 
 /* support.c: the shape of a Conv2d call. */
