@@ -50,7 +50,9 @@ def number(rnd):
     if kind < 0.4:
         return str(rnd.randint(-(10**40), 10**40))
     if kind < 0.5:
-        return rnd.choice("-0 -0.0 1e5 1E400 -1e400 1e-400 NaN Infinity -Infinity 1e16 1e15 0.0001 0.00001 5e-324".split())
+        return rnd.choice(
+            "-0 -0.0 1e5 1E400 -1e400 1e-400 NaN Infinity -Infinity 1e16 1e15 0.0001 0.00001 5e-324".split()
+        )
     if kind < 0.6:
         return repr(2.0 ** rnd.randint(-1074, 1023))
     if kind < 0.8:
@@ -59,7 +61,21 @@ def number(rnd):
 
 
 def string(rnd):
-    parts = ["a", "b", "é", "€", "😀", "\\n", "\\u0000", "\\u0001", "\\ud83d\\ude00", "\\ud83d", "\\udc00", '\\"', "\\\\"]
+    parts = [
+        "a",
+        "b",
+        "é",
+        "€",
+        "😀",
+        "\\n",
+        "\\u0000",
+        "\\u0001",
+        "\\ud83d\\ude00",
+        "\\ud83d",
+        "\\udc00",
+        '\\"',
+        "\\\\",
+    ]
     return '"' + "".join(rnd.choice([*parts, "\\/", "\x7f", " "]) for _ in range(rnd.randint(0, 3))) + '"'
 
 

@@ -106,7 +106,14 @@ REAL = [
 ]
 NAMES = ["", "q_proj", "model.layers.0.self_attn.q_proj", "model.layers.11.mlp", "bert.encoder.layer.0.output.dense"]
 NAMES += ["bert.encoder.layer.5.attention.self.query", "xlayer.5.attention.self.query", "a\nlayers.3.mlp"]
-NAMES += ["layers.3.mlp\n", "decoder.block.0.SelfAttention.q", "encoder.lm_head", "encoder.my_head", "h.attn", "é.dense"]
+NAMES += [
+    "layers.3.mlp\n",
+    "decoder.block.0.SelfAttention.q",
+    "encoder.lm_head",
+    "encoder.my_head",
+    "h.attn",
+    "é.dense",
+]
 
 
 @pytest.mark.parametrize("pattern", REAL)
@@ -120,7 +127,14 @@ def test_patterns_of_real_files(pattern):
 
 def test_work_is_bounded():
     name = "a" * 5000 + "!"
-    for pattern in ["(a+)+$", "(a|aa)*b", "(.*)*x", "(?:a?){400}a{400}$", "(a*)*(a*)*(a*)*c", "((a{0,50}){0,50}){0,50}z"]:
+    for pattern in [
+        "(a+)+$",
+        "(a|aa)*b",
+        "(.*)*x",
+        "(?:a?){400}a{400}$",
+        "(a*)*(a*)*(a*)*c",
+        "((a{0,50}){0,50}){0,50}z",
+    ]:
         with pytest.raises(ValueError, match="allowed"):
             _core.pattern_fullmatch(pattern, name)
 

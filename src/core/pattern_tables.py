@@ -58,7 +58,9 @@ def main():
     digit = re.compile(r"\d")
     space = re.compile(r"\s")
     print("/* Made by pattern_tables.py; change that file, not this one.")
-    print(f" * Unicode {unicodedata.unidata_version}, as Python {sys.version_info[0]}.{sys.version_info[1]}'s re sees it. */")
+    print(
+        f" * Unicode {unicodedata.unidata_version}, as Python {sys.version_info[0]}.{sys.version_info[1]}'s re sees it. */"
+    )
     print('#include "pattern_internal.h"')
     for name, pattern in (("pc_word_ranges", word), ("pc_digit_ranges", digit), ("pc_space_ranges", space)):
         found = ranges(lambda c: pattern.match(chr(c)) is not None)
