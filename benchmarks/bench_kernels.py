@@ -32,7 +32,7 @@ def build(folder: str) -> ctypes.CDLL:
     import scipy_openblas32
 
     lib = scipy_openblas32.get_lib_dir()
-    core = [ROOT / "src/core" / f"{name}.c" for name in ("dtype", "memory", "parallel", "rng", "status")]
+    core = [ROOT / "src/core" / f"{name}.c" for name in ("dtype", "memory", "parallel", "rng", "status", "utf8")]
     sources = [*core, *sorted((ROOT / "src/kernels").rglob("*.c"))]
     out = os.path.join(folder, "libpeftc_kernels.so")
     flags = ["-std=c11", "-O3", "-g1", "-fPIC", "-shared", "-DPC_TEST_HOOKS"]

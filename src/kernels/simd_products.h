@@ -139,8 +139,44 @@ static void put_tile(const pc_linear_job *job, const float *tile, int64_t width,
     }
 }
 
+/* Many panels of an f32 weight: a slice of a panel (SLICE deep, in the first-level cache) meets a chunk of weight rows
+ * (in the second-level cache) before the next slice comes; sums wait in `room`, as tiles. */
+#define SLICE 160
+#define CHUNK_STRIPS 16
+#define CHUNK_FLOATS ((int64_t)192 << 10)
+#define MANY_PANELS 3
+
+static void linear_many(const pc_linear_job *job, int64_t panel_begin, int64_t panel_end, int64_t begin, int64_t end)
+{
+    ALIGNED float room[CHUNK_STRIPS * VW * WIDTH(MAX_VECTORS)];
+    const pc_panels *panels = job->panels;
+    int64_t k = job->k, chunk = pc_max(1, pc_min(CHUNK_STRIPS, CHUNK_FLOATS / (k * VW)));
+    for (int64_t s0 = begin; s0 < end; s0 += chunk) {
+        int64_t strips = pc_min(chunk, end - s0);
+        const float *w = (const float *)job->w + s0 * VW * k;
+        for (int64_t i = panel_begin; i < panel_end; i++) {
+            int64_t start = pc_panel_start(panels, i), vectors = pc_panel_start(panels, i + 1) - start;
+            int64_t width = vectors * VW;
+            const float *b = panels->data + start * VW * k;
+            for (int64_t k0 = 0; k0 < k; k0 += SLICE)
+                for (int64_t row = 0; row < strips * VW; row += TILE_ROWS)
+                    tiles[vectors - 1](pc_min(SLICE, k - k0), w + row * k + k0, k, b + k0 * width, width, 0,
+                                       room + row * width, width, k0 > 0, VW);
+            for (int64_t s = 0; s < strips; s++)
+                put_tile(job, room + s * VW * width, width, start * VW, (s0 + s) * VW, true, true);
+        }
+    }
+}
+
 static void isa_linear(const pc_linear_job *job, int64_t panel_begin, int64_t panel_end, int64_t begin, int64_t end)
 {
+    if (job->wdt == PC_F32 && panel_end - panel_begin >= MANY_PANELS) {
+        int64_t whole = pc_min(end, job->n / VW); /* a strip cut short by n goes the general way */
+        linear_many(job, panel_begin, panel_end, begin, whole);
+        begin = pc_max(begin, whole);
+        if (begin >= end)
+            return;
+    }
     const pc_panels *panels = job->panels;
     ALIGNED float tile[VW * WIDTH(MAX_VECTORS)];
     ALIGNED float wide[VW * WIDE_STRIDE];
