@@ -1,3 +1,4 @@
+# ruff: noqa: B023 - the closures over loop variables are called within the same round
 """Linear layers of peftc's kernels beside torch and OpenBLAS, at the shapes of MiniLM and of a 4096-wide model.
 
 Builds the C part of peftc as a plain shared library in a temporary folder (the kernels have no Python interface of
