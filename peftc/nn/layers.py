@@ -157,7 +157,8 @@ class LayerNorm(_core.LayerNorm, _Layer):
         return _norm_constructor(self) | {"bias": self.bias is not None}
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.weight is not None}"
+        affine = self.weight is not None
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={affine}, bias={self.bias is not None}"
 
 
 class RMSNorm(_core.RMSNorm, _Layer):

@@ -90,7 +90,7 @@ static int sync_one(PyObject *parameter, PyObject **owner, const void **data)
 int peftc_layer_sync(peftc_layer_object *layer)
 {
     if (!layer->ready) {
-        PyErr_Format(PyExc_RuntimeError, "%s was not initialised: its __init__ must call super().__init__(…)",
+        PyErr_Format(PyExc_RuntimeError, "%s was not initialised: its __init__ must call super().__init__(...)",
                      Py_TYPE(layer)->tp_name);
         return -1;
     }
@@ -245,7 +245,7 @@ static PyGetSetDef layer_getset[] = {
      "The weight: a Parameter. An array assigned to it becomes its value; a Parameter takes its place.", NULL},
     {"bias", layer_get_bias, layer_set_bias, "The bias: a Parameter or None.", NULL},
     {"_parameters", layer_get_parameters, NULL, "A new dict name -> Parameter or None.", NULL},
-    {"kind", layer_get_kind, NULL, "What the layer computes, whatever its class is called: 'Linear', 'Conv1D', …", NULL},
+    {"kind", layer_get_kind, NULL, "What the layer computes, whatever its class is called: 'Linear', 'Conv1D' and so on", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
