@@ -78,7 +78,9 @@ class NumpyHost:
             return tensor.float().numpy()
 
     def adapters_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
-        pass
+        # Base parameters are frozen once there is an adapter; those of adapters follow from what is active.
+        if len(registry):
+            model.requires_grad_(False)
 
     def activation_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
         pass

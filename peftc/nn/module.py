@@ -127,12 +127,12 @@ class Module(_core.Module):
             remove_duplicate: list a parameter that sits in several places once.
         """
         start = prefix + "." if prefix else ""
-        seen = set()
+        seen: set[Parameter] = set()
         for name, parameter in adapted.named_parameters(self, recurse):
             if remove_duplicate:
-                if id(parameter) in seen:
+                if parameter in seen:
                     continue
-                seen.add(id(parameter))
+                seen.add(parameter)
             yield start + name, parameter
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
