@@ -5,11 +5,10 @@
 The committed file was made with Python 3.11 (Unicode 14.0).
 """
 
+import _sre
 import re
 import sys
 import unicodedata
-
-import _sre
 
 LAST = sys.maxunicode
 
@@ -63,7 +62,7 @@ def main():
     )
     print('#include "pattern_internal.h"')
     for name, pattern in (("pc_word_ranges", word), ("pc_digit_ranges", digit), ("pc_space_ranges", space)):
-        found = ranges(lambda c: pattern.match(chr(c)) is not None)
+        found = ranges(lambda c, pattern=pattern: pattern.match(chr(c)) is not None)
         show("pc_char_range", name, [f"{{0x{a:X}, 0x{b:X}}}" for a, b in found], 6)
     show("pc_lower_run", "pc_lower_runs", [f"{{0x{a:X}, 0x{b:X}, {s}, {d}}}" for a, b, s, d in lower_runs()], 5)
     # Lower-case letters that count as equal although none is the other's lower case: each with the smallest of its class.
