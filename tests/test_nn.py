@@ -467,7 +467,9 @@ def test_names_are_torchs():
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [n for n, _ in ours.named_children()] == [n for n, _ in theirs.named_children()]
-    assert [n for n, _ in ours[0].named_parameters(prefix="x")] == [n for n, _ in theirs[0].named_parameters(prefix="x")]
+    assert [n for n, _ in ours[0].named_parameters(prefix="x")] == [
+        n for n, _ in theirs[0].named_parameters(prefix="x")
+    ]
     assert len(list(ours.modules())) == len(list(theirs.modules()))
     assert ours.num_parameters() == sum(p.numel() for p in theirs.parameters())
     x = draw(2, 4)
@@ -517,7 +519,7 @@ def test_containers():
     assert [type(m).__name__ for m in items] == ["ReLU", "Tanh", "SiLU", "GELU"]
     assert len(items) == 4 and isinstance(items[-1], nn.GELU) and len(items[1:3]) == 2
     items[0] = nn.Identity()
-    assert isinstance(items[0], nn.Identity) and [n for n, _ in items.named_children()][0] == "0"
+    assert isinstance(items[0], nn.Identity) and next(n for n, _ in items.named_children()) == "0"
     for index in (4, -5):
         with pytest.raises(IndexError):
             items[index]

@@ -269,7 +269,9 @@ class BertModel(PreTrainedModel):
     def _check_length(self, length: int) -> None:
         most = self.config.max_position_embeddings
         if length > most:
-            raise ValueError(f"a sequence of {length} tokens is longer than the {most} that this model has positions for")
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the {most} that this model has positions for"
+            )
 
 
 class BertForSequenceClassification(PreTrainedModel):
@@ -324,7 +326,9 @@ def _checked(config: ModelConfig) -> ModelConfig:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(f"hidden_act {config.hidden_act!r} is not known; known are {', '.join(_ACTIVATIONS)}")
     if config.position_embedding_type not in (None, "absolute"):
-        raise NotImplementedError(f"position_embedding_type {config.position_embedding_type!r}: only absolute positions")
+        raise NotImplementedError(
+            f"position_embedding_type {config.position_embedding_type!r}: only absolute positions"
+        )
     if config.is_decoder:
         raise NotImplementedError("is_decoder: only the encoder is implemented")
     for name in ("hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings", "vocab_size"):

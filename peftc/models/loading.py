@@ -32,8 +32,10 @@ class Tensor(NamedTuple):
         count = 1
         for extent in self.shape:
             count *= extent
-        data = np.frombuffer(self.mapping, _STORAGE[self.dtype], count, self.offset) if count else np.empty(
-            0, _STORAGE[self.dtype]
+        data = (
+            np.frombuffer(self.mapping, _STORAGE[self.dtype], count, self.offset)
+            if count
+            else np.empty(0, _STORAGE[self.dtype])
         )
         return Parameter._from_raw(data.reshape(self.shape), self.dtype)
 
@@ -125,7 +127,7 @@ def _place(model: PreTrainedModel, targets: dict[str, Parameter], checkpoint: Ch
     has_prefix = any(name.startswith(prefix) for name in names.values())
     wants_prefix = any(name.startswith(prefix) for name in targets)
     if has_prefix and not wants_prefix:
-        return {name: own[len(prefix) :] if own.startswith(prefix) else own for name, own in names.items()}
+        return {name: own.removeprefix(prefix) for name, own in names.items()}
     if wants_prefix and not has_prefix:
         return {name: own if own in targets else prefix + own for name, own in names.items()}
     return names

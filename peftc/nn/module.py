@@ -90,7 +90,10 @@ class Module(_core.Module):
         for part in target.split(".") if target else ():
             child = module.__dict__.get(part)
             if not isinstance(child, _core.Module):
-                raise AttributeError(f"{walked or type(self).__name__} has no submodule {part!r} (looking for {target!r})")
+                where = walked or type(self).__name__
+                raise AttributeError(  # noqa: TRY004  (as getattr would)
+                    f"{where} has no submodule {part!r} (looking for {target!r})"
+                )
             module = child
             walked = f"{walked}.{part}" if walked else part
         return module
