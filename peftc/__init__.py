@@ -33,7 +33,7 @@ _EXPORTS = {
     "manual_seed": "_random",
     "show_config": "_show",
 }
-_MODULES = ("models", "nn", "optim", "safetensors")
+_MODULES = ("models", "nn", "safetensors")
 
 __all__ = ["get_num_threads", "set_num_threads", *_EXPORTS, *_MODULES]
 

@@ -101,7 +101,7 @@ def as_text(input_ids: np.ndarray, mask: np.ndarray, vocabulary: list[str]) -> s
 def most_disputed(logits: dict[str, np.ndarray], domain: str, sentences: Sentences, texts: list[str]) -> int | None:
     """A short sentence of this domain that only its own adapter gets right, or as nearly so as there is."""
     return min(
-        (i for i, text in enumerate(texts) if 40 <= len(text) <= 100 and text[0].isalpha()),
+        (i for i, text in enumerate(texts) if 40 <= len(text) <= 100 and text[0].isalpha() and not set(text) & set('@_/#')),
         key=lambda i: sum(
             (logits[adapter][i].argmax() == sentences.labels[i]) == (adapter != domain) for adapter in logits
         ),
