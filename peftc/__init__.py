@@ -35,7 +35,7 @@ _EXPORTS = {
 }
 _MODULES = ("models", "nn", "safetensors")
 
-__all__ = ["get_num_threads", "set_num_threads", *_EXPORTS, *_MODULES]
+__all__ = ["get_num_threads", "set_num_threads", *_EXPORTS, *_MODULES]  # noqa: PLE0604 (keys are strings)
 
 
 def __getattr__(name: str) -> object:

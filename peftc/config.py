@@ -214,7 +214,7 @@ class PeftConfig(_Fields):
         values = _core.json_loads(text, label=path)
         if not isinstance(values, dict):
             # the content of a file is a value, whatever type it parses to
-            raise ValueError(f"{path} must hold a JSON object with the fields of a config, got {values!r:.80}")  # noqa: TRY004
+            raise ValueError(f"{path} must hold a JSON object with the fields of a config, got {values!r:.80}")
         if "runtime_config" in values:
             warnings.warn(f"{path} has a `runtime_config` key. This is ignored: it is valid at runtime only.")
             del values["runtime_config"]

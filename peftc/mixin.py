@@ -487,7 +487,7 @@ class PeftAdapterMixin:
         """
         attached = self._attached()
         if isinstance(adapter_names, str):
-            raise ValueError(  # noqa: TRY004  (the type that PEFT raises)
+            raise ValueError(
                 f"adapter_names should be a list of strings, got {adapter_names!r}."
             )
         registry = attached.registry

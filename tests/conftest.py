@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 
 # The sanitized extension runs without torch: its allocator and threads are not built for it, and importing it under
 # AddressSanitizer takes longer than the tests. What imports and builds do is not a matter of memory either.
-_NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|transformers|peft)\b|importorskip\(.(torch|transformers|peft)\b", re.M)
+_NEEDS_TORCH = re.compile(
+    r"^\s*(import|from) (torch|transformers|peft)\b|importorskip\(.(torch|transformers|peft)\b", re.MULTILINE
+)
 if build_info()["sanitized"]:
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if _NEEDS_TORCH.search(path.read_text())]
     collect_ignore += ["test_build.py", "test_import.py"]

@@ -25,7 +25,7 @@ TREE = ("src", "peftc", "docs", "benchmarks", "tests/c", "setup.py", "pyproject.
 
 def run(*command: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, env={**ENVIRON, **environ}
+        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False, env={**ENVIRON, **environ}
     )
 
 
