@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class ModelConfig:
@@ -49,6 +49,10 @@ class ModelConfig:
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"num_labels must be a positive integer, got {value!r}")
         self.__dict__["num_labels"] = int(value)
+
+    if TYPE_CHECKING:  # the fields are whatever the file has
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field, or `default`."""

@@ -69,7 +69,7 @@ class Checkpoint:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        found = {}
+        found: dict[str, Tensor | None] = {}
         for name, dtype, shape, offset, _ in safetensors_layout(mapping, file):
             if dtype in _STORAGE:
                 found[name] = Tensor(dtype, shape, offset, mapping)
@@ -78,8 +78,9 @@ class Checkpoint:
         for name in found if names is None else names:
             if name not in found:
                 raise SafetensorError(f"{file}: {_INDEX} says that tensor {name!r} is here, and it is not")
-            if found[name] is not None:
-                self.tensors[name] = found[name]
+            tensor = found[name]
+            if tensor is not None:
+                self.tensors[name] = tensor
 
     def main_dtype(self) -> str:
         """The dtype that most of the weights are stored in: float32 for an empty checkpoint."""

@@ -47,7 +47,7 @@ class Module(_core.Module):
         """(attribute name, module) of the direct children, each module once."""
         seen = set()
         for name, value in self.__dict__.items():
-            if isinstance(value, _core.Module) and value not in seen:
+            if isinstance(value, Module) and value not in seen:
                 seen.add(value)
                 yield name, value
 
@@ -89,7 +89,7 @@ class Module(_core.Module):
         walked = ""
         for part in target.split(".") if target else ():
             child = module.__dict__.get(part)
-            if not isinstance(child, _core.Module):
+            if not isinstance(child, Module):
                 where = walked or type(self).__name__
                 raise AttributeError(  # noqa: TRY004  (as getattr would)
                     f"{where} has no submodule {part!r} (looking for {target!r})"
@@ -286,7 +286,7 @@ class Module(_core.Module):
         return f"{name}(\n  " + "\n  ".join(lines) + "\n)"
 
     def _repr_children(self) -> Iterable[tuple[str, Module]]:
-        return ((name, child) for name, child in self.__dict__.items() if isinstance(child, _core.Module))
+        return ((name, child) for name, child in self.__dict__.items() if isinstance(child, Module))
 
 
 class _Indexed(Module):
@@ -300,11 +300,11 @@ class _Indexed(Module):
         return str(position % count)
 
     def _modules(self) -> list[Module]:
-        return [value for value in self.__dict__.values() if isinstance(value, _core.Module)]
+        return [value for value in self.__dict__.values() if isinstance(value, Module)]
 
     def append(self, module: Module) -> Any:
         """Add a module at the end; returns the container."""
-        if not isinstance(module, _core.Module):
+        if not isinstance(module, Module):
             raise TypeError(f"{type(self).__name__} holds modules, got {type(module).__name__}")
         setattr(self, str(len(self)), module)
         return self
@@ -331,7 +331,7 @@ class _Indexed(Module):
         return self.__dict__[self._index(index)]
 
     def __setitem__(self, index: int, module: Module) -> None:
-        if not isinstance(module, _core.Module):
+        if not isinstance(module, Module):
             raise TypeError(f"{type(self).__name__} holds modules, got {type(module).__name__}")
         setattr(self, self._index(index), module)
 
@@ -356,7 +356,7 @@ class Sequential(_Indexed):
             self.extend(modules)
 
     def _index(self, index: int) -> str:
-        names = [name for name, value in self.__dict__.items() if isinstance(value, _core.Module)]
+        names = [name for name, value in self.__dict__.items() if isinstance(value, Module)]
         try:
             return names[index]
         except IndexError:
@@ -381,7 +381,7 @@ class ModuleDict(Module):
             self[name] = module
 
     def __setitem__(self, name: str, module: Module) -> None:
-        if not isinstance(module, _core.Module):
+        if not isinstance(module, Module):
             raise TypeError(f"a ModuleDict holds modules, got {type(module).__name__}")
         if not isinstance(name, str) or not name or "." in name or hasattr(type(self), name):
             raise KeyError(f"{name!r} cannot name a module: it must be a non-empty str without dots that is no method")
@@ -389,7 +389,7 @@ class ModuleDict(Module):
 
     def __getitem__(self, name: str) -> Module:
         module = self.__dict__.get(name)
-        if not isinstance(module, _core.Module):
+        if not isinstance(module, Module):
             raise KeyError(name)
         return module
 
@@ -411,7 +411,7 @@ class ModuleDict(Module):
 
     def keys(self) -> list[str]:
         """The names, in order."""
-        return [name for name, value in self.__dict__.items() if isinstance(value, _core.Module)]
+        return [name for name, value in self.__dict__.items() if isinstance(value, Module)]
 
     def values(self) -> list[Module]:
         """The modules, in order."""
