@@ -23,7 +23,6 @@ DEFAULT_TARGETS: dict[str, dict[str, list[str]]] = {
         "roberta": ["query", "key", "value", "dense"],
         "gpt2": ["c_attn"],
         "llama": ["q_proj", "v_proj"],
-        "mistral": ["q_proj", "v_proj"],
         "qwen2": ["q_proj", "v_proj"],
     },
     "IA3": {
@@ -32,7 +31,7 @@ DEFAULT_TARGETS: dict[str, dict[str, list[str]]] = {
         "gpt2": ["c_attn", "mlp.c_proj"],
         "llama": ["k_proj", "v_proj", "down_proj"],
         "mistral": ["k_proj", "v_proj", "down_proj"],
-        "qwen2": ["k_proj", "v_proj", "down_proj"],
+        "qwen2": ["q_proj", "v_proj", "down_proj"],
     },
 }
 
@@ -119,8 +118,8 @@ def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str,
     method = method_of(config)
     settled: dict[str, Any] = {}
     targets = getattr(config, "target_modules", None)
-    if targets is None:
-        targets = _default(DEFAULT_TARGETS.get(method, {}), "target_modules", model, host)
+    if targets is None and method in DEFAULT_TARGETS:
+        targets = _default(DEFAULT_TARGETS[method], "target_modules", model, host)
         settled["target_modules"] = targets if method == "ADALORA" else set(targets)
     if method == "IA3" and getattr(config, "feedforward_modules", None) is None:
         settled["feedforward_modules"] = set(_default(DEFAULT_FEEDFORWARD, "feedforward_modules", model, host))

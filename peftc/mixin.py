@@ -182,9 +182,12 @@ class PeftAdapterMixin:
         return name
 
     def _attachment(self) -> _Attachment:
-        """The model's attachment: the one it has, or a new one that is kept once an adapter is on it."""
-        attached = self._peftc_attachment
-        return attached if attached is not None else _Attachment(self)
+        """The model's attachment; made when first asked for."""
+        if self._peftc_attachment is None:
+            made = _Attachment(self)
+            # One of several threads wins: setdefault of a dict is atomic.
+            self.__dict__.setdefault("_peftc_attachment", made)
+        return self._peftc_attachment  # type: ignore[return-value]
 
     def _attach(
         self, attached: _Attachment, name: str, config: Any, label: str, source: Any, origin: Optional[Any]
@@ -230,7 +233,6 @@ class PeftAdapterMixin:
             for other in kept:
                 registry.set_trainable(other, False)
             if not self._hf_peft_config_loaded:
-                self._peftc_attachment = attached
                 self.peft_config = {}
                 self._hf_peft_config_loaded = True
             self.peft_config[name] = config
@@ -359,25 +361,6 @@ class PeftAdapterMixin:
             return registry.state_dict(name)
         rows = registry.tensors(name)
         return {key: state_dict[full] for key, full, _, saved, _, _ in rows if saved and full in state_dict}
-
-    def trainable_parameters(self) -> dict[str, Any]:
-        """The tensors that a training step would change now: name in the model → array (shared memory).
-
-        Those of active adapters that are trainable, while adapters are enabled: the adapter's own, its modules_to_save
-        and, with bias other than "none", biases. Empty without an adapter, as base weights are read-only here.
-        """
-        if not self._hf_peft_config_loaded:
-            return {}
-        registry = self._attached().registry
-        if not registry.enabled:
-            return {}
-        return {
-            full: array
-            for name in registry.active()
-            if registry.trainable(name)
-            for _, full, array, _, trainable, _ in registry.tensors(name)
-            if trainable
-        }
 
     def save_adapter(
         self,
@@ -603,9 +586,9 @@ def _umask() -> int:
 def _read_weights(source: Any) -> dict[str, Any]:
     """All tensors of a weights file, or a caller's mapping as a dict."""
     if isinstance(source, str):
-        from .weights import load_weights_file
+        from .weights import load_adapter_weights
 
-        return load_weights_file(source)
+        return load_adapter_weights(source)
     try:
         return dict(source)
     except (TypeError, ValueError):
