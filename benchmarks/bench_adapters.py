@@ -278,7 +278,10 @@ def main():
         result = median_of(bigs)
         print(f"\nan adapter of {result['size'] / 1e6:.0f} MB")
         print(f"  reading the file, page cache   {result['read']:8.1f} ms (into new memory {result['read into new memory']:.1f} ms)")
-        print(f"  load_adapter                   {result['load']:8.1f} ms, {result['read'] / result['load']:.2f} × the speed of reading")
+        print(
+            f"  load_adapter                   {result['load']:8.1f} ms: {result['read'] / result['load']:.2f} × the speed "
+            f"of reading, {result['read into new memory'] / result['load']:.2f} × that of reading into new memory"
+        )
         print(f"  peak memory above the base     {result['peak/size']:8.3f} × its size (wanted ≤ 1.15)")
 
 

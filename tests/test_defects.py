@@ -331,8 +331,9 @@ def test_8_reference(theirs, peft, tmp_path, monkeypatch):
     peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["query"], r=2)).save_pretrained(tmp_path / "files")
     fill_cache(tmp_path / "home", files_of(tmp_path / "files"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    options = {"subfolder": "sub", "cache_dir": tmp_path / "home" / "hub", "local_files_only": True}
     with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
-        theirs.load_adapter("user/many", "x", adapter_kwargs={"subfolder": "sub", "cache_dir": tmp_path / "home" / "hub"})
+        theirs.load_adapter("user/many", "x", adapter_kwargs=options)
 
 
 # ------------------------------------------------------- more that was observed
