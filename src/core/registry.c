@@ -264,7 +264,6 @@ pc_status pc_registry_activate(pc_registry *registry, const char *const *names, 
     pc_activation *unused = next;
     if (status == PC_OK) {
         next->enabled = registry->current->enabled;
-        next->merged = registry->current->merged != NULL ? pc_merged_retain(registry->current->merged) : NULL;
         unused = swap_locked(registry, next);
     }
     pthread_mutex_unlock(&registry->lock);

@@ -64,7 +64,8 @@ pc_status pc_registry_insert(pc_registry *registry, pc_adapter *adapter, pc_erro
 /* Make exactly these adapters active, in this order.  Unknown names are
  * PC_ERR_VALUE; so are two adapters that both replace the same module
  * (modules_to_save).  Duplicate names count once, at their first place.
- * All or nothing. */
+ * Merged weights stand for what was active when they were made: they go in the
+ * same step.  All or nothing. */
 pc_status pc_registry_activate(pc_registry *registry, const char *const *names, const size_t *lens, size_t count,
                                pc_error *err);
 

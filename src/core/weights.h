@@ -3,6 +3,7 @@
 #ifndef PEFTC_CORE_WEIGHTS_H
 #define PEFTC_CORE_WEIGHTS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -27,9 +28,9 @@ struct pc_weights {
     const char *label; /* for messages: the file's path, or "state_dict" */
     size_t count;
     const pc_tensor_info *tensors; /* valid until close */
+    bool concurrent; /* read may run on several threads at once */
     /* Write tensor i, row-major and contiguous, in its own dtype, to dst
-     * (tensors[i].nbytes bytes).  May be called from any one thread at a time,
-     * without the GIL. */
+     * (tensors[i].nbytes bytes).  May be called from any thread, without the GIL. */
     pc_status (*read)(pc_weights *self, size_t i, void *dst, pc_error *err);
     void (*close)(pc_weights *self); /* frees the source itself; NULL is not allowed */
 };

@@ -503,6 +503,7 @@ static pc_status new_reader(const char *path, pc_safetensors **out, pc_error *er
     pc_utf8_repair(st->label, strlen(st->label)); /* a path may hold any bytes, a message may not */
     st->weights.label = st->label;
     st->weights.read = read_tensor;
+    st->weights.concurrent = true; /* pread and memcpy */
     st->weights.close = close_weights;
     *out = st;
     return PC_OK;

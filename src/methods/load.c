@@ -6,6 +6,7 @@
 #include "support.h"
 
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -202,31 +203,79 @@ static pc_status init_rest(loader *l, uint64_t seed, pc_error *err)
     return status;
 }
 
-static pc_status read_tensors(loader *l, pc_error *err)
+/* Tensors that go straight to their place, on every thread: first writes to a
+ * new arena are page faults, which cost more than the copy and scale with threads. */
+typedef struct straight {
+    const loader *l;
+    atomic_flag recorded; /* the first failure writes the error */
+    pc_status status;
+    pc_error *err;
+} straight;
+
+static bool goes_straight(const loader *l, size_t i)
+{
+    return l->tensor_of[i] >= 0 && l->source->tensors[i].dtype == l->adapter->tensors[l->tensor_of[i]].dtype;
+}
+
+static void read_straight(void *ctx, int64_t begin, int64_t end)
+{
+    straight *s = ctx;
+    const loader *l = s->l;
+    for (int64_t i = begin; i < end; i++) {
+        if (!goes_straight(l, (size_t)i))
+            continue;
+        pc_error error;
+        void *data = pc_tensor_data(l->adapter, &l->adapter->tensors[l->tensor_of[i]]);
+        pc_status status = l->source->read(l->source, (size_t)i, data, &error);
+        if (status == PC_OK)
+            continue;
+        if (!atomic_flag_test_and_set(&s->recorded)) {
+            s->status = status;
+            if (s->err != NULL)
+                *s->err = error;
+        }
+        return;
+    }
+}
+
+/* Tensors of another float dtype: one at a time through a scratch buffer. */
+static pc_status read_converted(loader *l, pc_error *err)
 {
     size_t largest = 0;
-    for (size_t i = 0; i < l->source->count; i++) {
-        const pc_tensor_info *info = &l->source->tensors[i];
-        if (l->tensor_of[i] >= 0 && info->dtype != l->adapter->tensors[l->tensor_of[i]].dtype &&
-            info->nbytes > largest)
-            largest = (size_t)info->nbytes;
-    }
-    void *scratch = largest != 0 ? pc_block_alloc(largest) : NULL;
-    if (largest != 0 && scratch == NULL)
+    for (size_t i = 0; i < l->source->count; i++)
+        if (l->tensor_of[i] >= 0 && !goes_straight(l, i) && l->source->tensors[i].nbytes > largest)
+            largest = (size_t)l->source->tensors[i].nbytes;
+    if (largest == 0)
+        return PC_OK;
+    void *scratch = pc_block_alloc(largest);
+    if (scratch == NULL)
         return pc_fail(err, PC_ERR_NOMEM, "out of memory while converting a tensor of %zu bytes", largest);
     pc_status status = PC_OK;
     for (size_t i = 0; i < l->source->count && status == PC_OK; i++) {
-        if (l->tensor_of[i] < 0)
+        if (l->tensor_of[i] < 0 || goes_straight(l, i))
             continue;
         const pc_tensor *tensor = &l->adapter->tensors[l->tensor_of[i]];
-        void *data = pc_tensor_data(l->adapter, tensor);
-        bool same = l->source->tensors[i].dtype == tensor->dtype;
-        status = l->source->read(l->source, i, same ? data : scratch, err);
-        if (status == PC_OK && !same)
-            pc_convert(l->rt, tensor->dtype, data, l->source->tensors[i].dtype, scratch, pc_tensor_count(tensor));
+        status = l->source->read(l->source, i, scratch, err);
+        if (status == PC_OK)
+            pc_convert(l->rt, tensor->dtype, pc_tensor_data(l->adapter, tensor), l->source->tensors[i].dtype, scratch,
+                       pc_tensor_count(tensor));
     }
     pc_block_free(scratch, largest);
     return status;
+}
+
+/* A file smaller than this is read before another thread has woken up. */
+#define SHARED_READ_BYTES ((uint64_t)2 << 20)
+
+static pc_status read_tensors(loader *l, pc_error *err)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < l->source->count; i++)
+        bytes += goes_straight(l, i) ? l->source->tensors[i].nbytes : 0;
+    straight s = {.l = l, .status = PC_OK, .recorded = ATOMIC_FLAG_INIT, .err = err};
+    bool shared = l->source->concurrent && bytes >= SHARED_READ_BYTES;
+    pc_parallel_for(shared ? l->rt : NULL, (int64_t)l->source->count, 1, read_straight, &s);
+    return s.status == PC_OK ? read_converted(l, err) : s.status;
 }
 
 pc_status pc_adapter_load(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source, uint64_t seed,

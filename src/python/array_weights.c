@@ -123,6 +123,7 @@ pc_weights *peftc_array_weights(PyObject *dict)
     }
     self->base.label = "state_dict";
     self->base.read = read_array;
+    self->base.concurrent = true;
     self->base.close = close_arrays;
     if (fill(self, dict) < 0) {
         close_arrays(&self->base);

@@ -183,13 +183,33 @@ TEST(an_adapter_that_is_active_but_not_merged_waits)
     pc_config *config = config_new("LORA", "q,grouped");
     pc_adapter *b = add_adapter(&m, "b", config, true);
     CHECK_STATUS(pc_merge(NULL, m.registry, &a, 1, false, &merged, &err), PC_OK);
-    CHECK_STATUS(pc_registry_set_merged(m.registry, merged, &err), PC_OK);
     CHECK_STATUS(activate(&m, "b", &err), PC_OK);
+    CHECK_STATUS(pc_registry_set_merged(m.registry, merged, &err), PC_OK);
     CHECK(agrees(&m, "model.layers.0.q", &a, 1, 1e-11));
     CHECK(agrees(&m, "grouped", &b, 1, 1e-11));
     /* Deleting a merged adapter takes its share out. */
     CHECK_STATUS(pc_registry_remove(m.registry, "a", 1, &err), PC_OK);
     CHECK(agrees(&m, "model.layers.0.q", &b, 1, 1e-11));
+    model_free(&m);
+}
+
+TEST(switching_takes_the_merge_back_in_the_same_step)
+{
+    model m;
+    model_init(&m, PC_F64);
+    pc_error err;
+    pc_adapter *a = add_adapter(&m, "a", plain(), true);
+    CHECK_STATUS(activate(&m, "a", &err), PC_OK);
+    pc_merged *merged = NULL;
+    CHECK_STATUS(pc_merge(NULL, m.registry, &a, 1, false, &merged, &err), PC_OK);
+    CHECK_STATUS(pc_registry_set_merged(m.registry, merged, &err), PC_OK);
+    pc_activation *before = pc_registry_acquire(m.registry);
+    CHECK_STATUS(activate(&m, "a", &err), PC_OK);
+    pc_activation *after = pc_registry_acquire(m.registry);
+    CHECK(before->merged != NULL); /* a forward pass in flight keeps what it took */
+    CHECK(after->merged == NULL);
+    pc_activation_release(before);
+    pc_activation_release(after);
     model_free(&m);
 }
 
@@ -229,6 +249,7 @@ int main(void)
     RUN(a_layer_without_bias_gets_lora_bias);
     RUN(safe_merge_names_a_broken_adapter);
     RUN(an_adapter_that_is_active_but_not_merged_waits);
+    RUN(switching_takes_the_merge_back_in_the_same_step);
 #ifdef PC_TEST_HOOKS
     RUN(every_failed_allocation_is_clean);
 #endif
