@@ -38,6 +38,7 @@ void pc_merged_release(pc_merged *merged)
     pc_free(merged->adapters);
     pc_free(merged->weight);
     pc_free(merged->bias);
+    pc_free(merged->dtype);
     pc_free(merged);
 }
 

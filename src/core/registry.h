@@ -28,6 +28,7 @@ typedef struct pc_merged {
     size_t module_count;
     void **weight; /* by module index; NULL where the base weight stands */
     void **bias;
+    pc_dtype *dtype; /* by module index: what weight and bias are stored in */
     pc_adapter **adapters; /* those merged, in order; retained */
     size_t adapter_count;
 } pc_merged;

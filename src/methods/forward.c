@@ -15,11 +15,14 @@ static bool is_merged(const pc_activation *activation, int32_t module)
     return merged != NULL && (size_t)module < merged->module_count && merged->weight[module] != NULL;
 }
 
-void pc_effective_weights(const pc_activation *activation, int32_t module_index, const void **weight,
-                          const void **bias)
+/* What stands in for the module's own weight and bias. */
+typedef struct stand_in {
+    const void *weight, *bias; /* NULL: its own */
+    pc_dtype weight_dtype, bias_dtype;
+} stand_in;
+
+static void from_adapters(const pc_activation *activation, int32_t module_index, stand_in *s)
 {
-    if (activation == NULL || !activation->enabled || module_index < 0)
-        return;
     for (size_t i = 0; i < activation->count; i++) {
         const pc_adapter *adapter = activation->adapters[i];
         if (!adapter->has_saved_modules && !adapter->has_biases)
@@ -28,20 +31,59 @@ void pc_effective_weights(const pc_activation *activation, int32_t module_index,
         if (slot == NULL)
             continue;
         const pc_tensor *tensor;
-        if (slot->replaces && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_SAVED_WEIGHT)) != NULL)
-            *weight = pc_tensor_data(adapter, tensor);
-        if (slot->replaces && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_SAVED_BIAS)) != NULL)
-            *bias = pc_tensor_data(adapter, tensor);
-        if ((tensor = pc_slot_tensor(adapter, slot, PC_ROLE_BASE_BIAS)) != NULL)
-            *bias = pc_tensor_data(adapter, tensor);
+        if (slot->replaces && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_SAVED_WEIGHT)) != NULL) {
+            s->weight = pc_tensor_data(adapter, tensor);
+            s->weight_dtype = tensor->dtype;
+        }
+        if ((slot->replaces && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_SAVED_BIAS)) != NULL) ||
+            (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_BASE_BIAS)) != NULL) {
+            s->bias = pc_tensor_data(adapter, tensor);
+            s->bias_dtype = tensor->dtype;
+        }
     }
-    const pc_merged *merged = activation->merged;
+}
+
+static void from_merged(const pc_merged *merged, int32_t module_index, stand_in *s)
+{
     if (merged == NULL || (size_t)module_index >= merged->module_count)
         return;
-    if (merged->weight[module_index] != NULL)
-        *weight = merged->weight[module_index];
-    if (merged->bias[module_index] != NULL)
-        *bias = merged->bias[module_index];
+    if (merged->weight[module_index] != NULL) {
+        s->weight = merged->weight[module_index];
+        s->weight_dtype = merged->dtype[module_index];
+    }
+    if (merged->bias[module_index] != NULL) {
+        s->bias = merged->bias[module_index];
+        s->bias_dtype = merged->dtype[module_index];
+    }
+}
+
+pc_status pc_effective_weights(const pc_activation *activation, int32_t module_index, pc_module *module, pc_error *err)
+{
+    if (activation == NULL || !activation->enabled || module_index < 0)
+        return PC_OK;
+    stand_in s = {0};
+    from_adapters(activation, module_index, &s);
+    from_merged(activation->merged, module_index, &s);
+    if (s.weight == NULL && s.bias == NULL)
+        return PC_OK;
+    if (s.weight == NULL) {
+        s.weight = module->weight;
+        s.weight_dtype = module->dtype;
+    }
+    if (s.bias == NULL) {
+        s.bias = module->bias;
+        s.bias_dtype = module->dtype;
+    }
+    if (s.bias != NULL && s.bias_dtype != s.weight_dtype)
+        return pc_fail(err, PC_ERR_VALUE,
+                       "module %s was converted while an adapter held its weight or its bias: one is %s now and the "
+                       "other %s; convert it back, or unmerge or delete the adapter first",
+                       module->name != NULL ? module->name : "?", pc_dtype_get(s.weight_dtype)->name,
+                       pc_dtype_get(s.bias_dtype)->name);
+    module->weight = s.weight;
+    module->bias = s.bias;
+    module->dtype = s.weight_dtype;
+    return PC_OK;
 }
 
 pc_status pc_base_forward(const pc_call *call, const void *x, void *y, pc_pool *scratch, pc_error *err)
@@ -112,7 +154,9 @@ pc_status pc_forward(const pc_call *outer, const pc_activation *activation, cons
     if (activation == NULL || !activation->enabled || (activation->count == 0 && activation->merged == NULL))
         return pc_base_forward(outer, x, y, NULL, err);
     pc_module module = *outer->module;
-    pc_effective_weights(activation, outer->module_index, &module.weight, &module.bias);
+    pc_status status = pc_effective_weights(activation, outer->module_index, &module, err);
+    if (status != PC_OK)
+        return status;
     pc_call call = *outer;
     call.module = &module;
 
@@ -124,7 +168,7 @@ pc_status pc_forward(const pc_call *outer, const pc_activation *activation, cons
         list = pc_pool_array(&scratch, activation->count, sizeof *list);
         seen = pc_pool_array(&scratch, activation->count, sizeof *seen);
     }
-    pc_status status = list != NULL && seen != NULL ? PC_OK : pc_fail_nomem(err, "the list of active adapters");
+    status = list != NULL && seen != NULL ? PC_OK : pc_fail_nomem(err, "the list of active adapters");
     if (status == PC_OK) {
         size_t count = list_nested(activation, outer->module_index, list);
         status = run_nested(&call, list, seen, count, x, y, &scratch, err);

@@ -161,6 +161,7 @@ static pc_status merge_module(const merge_job *job, const merge_plan *plan, size
         pc_convert(job->rt, module->dtype, weight_to, compute, weight, n);
     if (bias != NULL && !direct)
         pc_convert(job->rt, module->dtype, bias_to, compute, bias, out);
+    merged->dtype[index] = module->dtype;
     merged->weight[index] = weight_to;
     if (bias_to != NULL && (base_bias != NULL || !all_zero(bias_to, (size_t)out * pc_dtype_size(module->dtype))))
         merged->bias[index] = bias_to;
@@ -177,8 +178,10 @@ static pc_status new_merged(const merge_plan *plan, pc_adapter *const *adapters,
     merged->module_count = plan->module_count;
     merged->weight = pc_calloc(plan->module_count, sizeof *merged->weight);
     merged->bias = pc_calloc(plan->module_count, sizeof *merged->bias);
+    merged->dtype = pc_calloc(plan->module_count, sizeof *merged->dtype);
     merged->adapters = pc_calloc(count, sizeof(pc_adapter *));
-    pc_status status = merged->weight != NULL && merged->bias != NULL && merged->adapters != NULL
+    pc_status status = merged->weight != NULL && merged->bias != NULL && merged->dtype != NULL &&
+                               merged->adapters != NULL
                            ? pc_arena_new(plan->bytes, &merged->arena, err)
                            : pc_fail_nomem(err, "a merge");
     if (status != PC_OK) {

@@ -135,11 +135,12 @@ pc_status pc_tensor_name(const pc_registry *registry, const pc_adapter *adapter,
 /* ------------------------------------------------------------------ forward */
 
 /* The base weight and bias that are in effect for a module under an
- * activation.  On entry *weight and *bias are the module's own; they are
- * replaced by a modules_to_save copy, an adapter's bias or merged ones, and left
- * alone otherwise (always when adapters are disabled or activation is NULL). */
-void pc_effective_weights(const pc_activation *activation, int32_t module_index, const void **weight,
-                          const void **bias);
+ * activation.  On entry `module` has its own; weight and bias are replaced by a
+ * modules_to_save copy, an adapter's bias or merged ones, and left alone
+ * otherwise (always when adapters are disabled or activation is NULL).  The
+ * module may have been converted since those were made: module->dtype becomes
+ * theirs, and PC_ERR_VALUE is a weight and a bias of different dtypes. */
+pc_status pc_effective_weights(const pc_activation *activation, int32_t module_index, pc_module *module, pc_error *err);
 
 /* Run a module with everything that is active on it; applies
  * pc_effective_weights itself.  y is fully written.  With nothing active, or

@@ -13,9 +13,11 @@ typedef struct array_weights {
 
 static pc_status read_array(pc_weights *base, size_t i, void *dst, pc_error *err)
 {
-    (void)err;
     array_weights *self = (array_weights *)base;
     PyArrayObject *array = (PyArrayObject *)PyList_GET_ITEM(self->arrays, (Py_ssize_t)i);
+    if ((uint64_t)PyArray_NBYTES(array) != self->infos[i].nbytes || !PyArray_ISCARRAY_RO(array))
+        return pc_fail(err, PC_ERR_VALUE, "state_dict: the array %.*s was resized while it was read",
+                       self->infos[i].name_len < 256 ? (int)self->infos[i].name_len : 256, self->infos[i].name);
     memcpy(dst, PyArray_DATA(array), self->infos[i].nbytes);
     return PC_OK;
 }
@@ -33,8 +35,10 @@ static void close_arrays(pc_weights *base)
 /* One value as a contiguous, aligned, native-order array; NULL with an exception that names the key. */
 static PyArrayObject *as_array(PyObject *key, PyObject *value)
 {
-    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OF(value, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED);
+    PyArrayObject *array = peftc_native_array(value, NPY_ARRAY_CARRAY_RO);
     if (array == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+            return NULL; /* KeyboardInterrupt and the like */
         PyObject *type, *reason, *trace;
         PyErr_Fetch(&type, &reason, &trace);
         PyErr_Format(PyExc_TypeError, "state_dict[%R] cannot be read as an array: %S", key,
@@ -113,7 +117,7 @@ done:
 pc_weights *peftc_array_weights(PyObject *dict)
 {
     if (!PyDict_Check(dict)) {
-        PyErr_Format(PyExc_TypeError, "a state_dict is a dict of name → array, got %s", Py_TYPE(dict)->tp_name);
+        PyErr_Format(PyExc_TypeError, "a state_dict is a dict of name -> array, got %s", Py_TYPE(dict)->tp_name);
         return NULL;
     }
     array_weights *self = pc_calloc(1, sizeof *self);

@@ -26,7 +26,7 @@ static const struct {
 
 pc_dtype peftc_dtype_of(PyArray_Descr *descr)
 {
-    if (PyArray_ISNBO(descr->byteorder) == 0)
+    if (descr->type_num < 0 || PyArray_ISNBO(descr->byteorder) == 0) /* < 0: a dtype that is not NumPy's own */
         return PC_DTYPE_NONE;
     for (size_t i = 0; i < BUILTIN_TYPES; i++)
         if (PyArray_EquivTypenums(descr->type_num, builtin_types[i].typenum))
@@ -40,6 +40,17 @@ pc_dtype peftc_dtype_of(PyArray_Descr *descr)
                 return extension_types[i].dtype;
     }
     return PC_DTYPE_NONE;
+}
+
+PyArrayObject *peftc_native_array(PyObject *obj, int flags)
+{
+    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OF(obj, flags);
+    /* NPY_ARRAY_NOTSWAPPED only where it is needed: NumPy 2.4 crashes when it is asked for with a dtype not its own. */
+    if (array == NULL || PyArray_TYPE(array) < 0 || PyArray_ISNOTSWAPPED(array))
+        return array;
+    PyArrayObject *native = (PyArrayObject *)PyArray_FROM_OF((PyObject *)array, flags | NPY_ARRAY_NOTSWAPPED);
+    Py_DECREF(array);
+    return native;
 }
 
 PyArray_Descr *peftc_descr_of(peftc_state *state, pc_dtype dtype)

@@ -10,6 +10,9 @@
  * order; PC_DTYPE_NONE when there is none. Never sets an exception. */
 pc_dtype peftc_dtype_of(PyArray_Descr *descr);
 
+/* Any array-like as an array of native byte order with these NPY_ARRAY flags; NULL with an exception. */
+PyArrayObject *peftc_native_array(PyObject *obj, int flags);
+
 /* A new reference to the NumPy dtype. BF16 and F8 need ml_dtypes: without it a TypeError that says so. */
 PyArray_Descr *peftc_descr_of(peftc_state *state, pc_dtype dtype);
 

@@ -44,6 +44,9 @@ PyObject *peftc_parameter_array(peftc_parameter_object *self);
 /* Its shape; the array is valid until the next assignment. */
 const npy_intp *peftc_parameter_shape(const peftc_parameter_object *self, int *ndim);
 
+/* Is it a Parameter or of a subclass? (Without the module's state; a subclass may have its own methods.) */
+bool peftc_is_parameter(PyObject *object);
+
 /* A fresh stream of the process's generator (manual_seed). Needs the GIL. */
 static inline pc_rng peftc_next_rng(peftc_state *state)
 {

@@ -44,7 +44,7 @@ static int typenum_of(pc_dtype compute) { return compute == PC_F64 ? NPY_FLOAT64
 /* Any float array-like; `least` is the compute dtype that another operand asks for. */
 static int take(PyObject *obj, const char *what, pc_dtype least, operand *out)
 {
-    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OF(obj, NPY_ARRAY_NOTSWAPPED);
+    PyArrayObject *array = peftc_native_array(obj, 0);
     if (array == NULL)
         return -1;
     out->in = peftc_dtype_of(PyArray_DESCR(array));

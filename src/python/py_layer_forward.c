@@ -19,19 +19,28 @@ typedef struct running {
     peftc_state *state;
     peftc_scope scope;
     pc_activation *activation; /* NULL for a layer that is not bound */
-    pc_module module;          /* a copy: another thread may assign new weights meanwhile */
+    pc_module module;          /* a copy with the weights in effect: others may assign new ones meanwhile */
     PyObject *registry, *weight_owner, *bias_owner;
     PyArrayObject *x; /* contiguous, of dtype `compute` */
     pc_dtype in, compute, out;
     pc_call call;
 } running;
 
-static int begin(running *r, peftc_layer_object *layer)
+static PyObject *finish(running *r, PyObject *result);
+
+/* `kinds` has a bit for each kind that the method computes: an object can get at another layer's methods, by
+ * inheriting from two layer types or by a new __class__. */
+static int begin(running *r, peftc_layer_object *layer, unsigned kinds)
 {
     *r = (running){0};
     r->state = peftc_state_of_type(Py_TYPE(layer));
     if (r->state == NULL || peftc_layer_sync(layer) < 0)
         return -1;
+    if ((kinds >> layer->core.kind & 1u) == 0) {
+        PyErr_Format(PyExc_TypeError, "%s was made as a %s: the forward() of another layer type does not apply to it",
+                     peftc_layer_name(layer), pc_kind_name(layer->core.kind));
+        return -1;
+    }
     r->registry = Py_XNewRef(layer->base.registry);
     r->weight_owner = Py_XNewRef(layer->weight_owner);
     r->bias_owner = Py_XNewRef(layer->bias_owner);
@@ -45,6 +54,12 @@ static int begin(running *r, peftc_layer_object *layer)
     r->call.training = layer->base.training != 0;
     if (r->call.training && r->activation != NULL && r->activation->count != 0)
         r->call.rng = peftc_next_rng(r->state);
+    pc_error err;
+    if (pc_effective_weights(r->activation, r->call.module_index, &r->module, &err) != PC_OK) {
+        peftc_raise(r->state, &err);
+        finish(r, NULL);
+        return -1;
+    }
     return 0;
 }
 
@@ -153,12 +168,6 @@ static bool is_adapted(const pc_activation *activation, int32_t index)
     return false;
 }
 
-static void use_effective_weights(running *r)
-{
-    if (r->activation != NULL)
-        pc_effective_weights(r->activation, r->call.module_index, &r->module.weight, &r->module.bias);
-}
-
 /* Base operation or adapted one, as the case may be. */
 static pc_status run(running *r, const void *x, void *y, pc_error *err)
 {
@@ -185,7 +194,6 @@ static pc_status run_linear(running *r, pc_activation_fn act, const void *x, voi
             pc_activate(r->call.rt, r->compute, act, r->call.rows * out, y, y);
         return status;
     }
-    use_effective_weights(r);
     pc_status (*product)(pc_runtime *, pc_dtype, int64_t, int64_t, int64_t, const void *, pc_dtype, const void *,
                          const void *, pc_activation_fn, void *, pc_error *) =
         r->module.kind == PC_CONV1D ? pc_linear_t : pc_linear;
@@ -196,7 +204,7 @@ static pc_status run_linear(running *r, pc_activation_fn act, const void *x, voi
 static PyObject *linear(PyObject *op, PyObject *x_obj, pc_activation_fn act)
 {
     running r;
-    if (begin(&r, cast(op)) < 0)
+    if (begin(&r, cast(op), 1u << PC_LINEAR | 1u << PC_CONV1D) < 0)
         return NULL;
     const int64_t in = r.module.in_features, out = r.module.out_features;
     PyArrayObject *y = NULL;
@@ -259,7 +267,7 @@ PyObject *peftc_norm_forward(PyObject *op, PyObject *const *args, Py_ssize_t nar
     if (nargs < 1 || nargs > 2)
         return PyErr_Format(PyExc_TypeError, "forward() takes x and an optional residual (%zd given)", nargs);
     running r;
-    if (begin(&r, cast(op)) < 0)
+    if (begin(&r, cast(op), 1u << PC_LAYERNORM | 1u << PC_RMSNORM) < 0)
         return NULL;
     const int64_t width = r.module.out_features;
     if (take_input(&r, args[0]) < 0 || (r.call.rows = count_rows(&r, width)) < 0)
@@ -272,7 +280,6 @@ PyObject *peftc_norm_forward(PyObject *op, PyObject *const *args, Py_ssize_t nar
         Py_XDECREF(residual);
         return finish(&r, NULL);
     }
-    use_effective_weights(&r);
     const void *x = PyArray_DATA(r.x), *added = residual != NULL ? PyArray_DATA(residual) : NULL;
     void *data = PyArray_DATA(y);
     const double eps = effective_eps(&r, cast(op)->eps);
@@ -334,7 +341,7 @@ static int take_image(running *r, pc_conv_shape *s)
 PyObject *peftc_conv2d_forward(PyObject *op, PyObject *x_obj)
 {
     running r;
-    if (begin(&r, cast(op)) < 0)
+    if (begin(&r, cast(op), 1u << PC_CONV2D) < 0)
         return NULL;
     pc_conv_shape s;
     if (take_input(&r, x_obj) < 0 || take_image(&r, &s) < 0)
@@ -360,7 +367,8 @@ PyObject *peftc_conv2d_forward(PyObject *op, PyObject *x_obj)
 
 /* ------------------------------------------------------------------ embedding */
 
-/* Integer ids as contiguous int64, every one inside the table; NULL with an exception. */
+/* Integer ids as contiguous int64, every one inside the table; NULL with an exception.  Always a copy: nobody can
+ * change an id after the check. */
 static PyArrayObject *take_ids(const running *r, PyObject *obj)
 {
     PyArrayObject *array = (PyArrayObject *)PyArray_FROM_O(obj);
@@ -373,7 +381,8 @@ static PyArrayObject *take_ids(const running *r, PyObject *obj)
         return NULL;
     }
     PyArrayObject *ids = (PyArrayObject *)PyArray_FromArray(array, PyArray_DescrFromType(NPY_INT64),
-                                                            NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+                                                            NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST |
+                                                                NPY_ARRAY_ENSURECOPY);
     Py_DECREF(array);
     if (ids == NULL)
         return NULL;
@@ -393,7 +402,7 @@ static PyArrayObject *take_ids(const running *r, PyObject *obj)
 PyObject *peftc_embedding_forward(PyObject *op, PyObject *ids_obj)
 {
     running r;
-    if (begin(&r, cast(op)) < 0)
+    if (begin(&r, cast(op), 1u << PC_EMBEDDING) < 0)
         return NULL;
     const int64_t dim = r.module.out_features;
     r.compute = r.in = r.out = r.call.compute = pc_compute_dtype(r.module.dtype);

@@ -42,6 +42,8 @@ static int start(PyObject *op, PyObject *dtype, pc_kind kind, maker *out)
 static int finish(const maker *m, const peftc_fill *weight, const peftc_fill *bias)
 {
     peftc_layer_object *self = m->self;
+    Py_CLEAR(self->weight); /* of an attempt that failed */
+    Py_CLEAR(self->bias);
     self->core.has_weight = weight != NULL;
     self->core.has_bias = bias != NULL;
     npy_intp shape[4], bias_shape[1] = {(npy_intp)self->core.out_features};
@@ -172,24 +174,28 @@ static int conv2d_init(PyObject *op, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nnO|OOOnpO:Conv2d", names, &in, &out, &kernel, &stride, &padding,
                                      &dilation, &groups, &bias, &dtype) ||
         check_positive(op, "in_channels", in, 1) < 0 || check_positive(op, "out_channels", out, 1) < 0 ||
-        check_positive(op, "groups", groups, 1) < 0 || start(op, dtype, PC_CONV2D, &m) < 0)
+        check_positive(op, "groups", groups, 1) < 0)
         return -1;
-    pc_module *core = &m.self->core;
+    pc_module shape = {0}; /* not the layer's own yet: reading the arguments can run any code */
     if (in % groups != 0 || out % groups != 0) {
         PyErr_Format(PyExc_ValueError, "Conv2d: in_channels (%zd) and out_channels (%zd) must be multiples of groups "
                                        "(%zd)", in, out, groups);
         return -1;
     }
+    shape.stride[0] = shape.stride[1] = shape.dilation[0] = shape.dilation[1] = 1;
+    if (parse_pair(kernel, "kernel_size", 1, shape.kernel) < 0 ||
+        (stride != NULL && parse_pair(stride, "stride", 1, shape.stride) < 0) ||
+        (dilation != NULL && parse_pair(dilation, "dilation", 1, shape.dilation) < 0) ||
+        parse_padding(padding, &shape) < 0 || start(op, dtype, PC_CONV2D, &m) < 0)
+        return -1;
+    pc_module *core = &m.self->core;
     core->in_features = in;
     core->out_features = out;
     core->groups = groups;
-    core->stride[0] = core->stride[1] = core->dilation[0] = core->dilation[1] = 1;
-    core->padding[0] = core->padding[1] = 0;
-    if (parse_pair(kernel, "kernel_size", 1, core->kernel) < 0 ||
-        (stride != NULL && parse_pair(stride, "stride", 1, core->stride) < 0) ||
-        (dilation != NULL && parse_pair(dilation, "dilation", 1, core->dilation) < 0) ||
-        parse_padding(padding, core) < 0)
-        return -1;
+    memcpy(core->kernel, shape.kernel, sizeof core->kernel);
+    memcpy(core->stride, shape.stride, sizeof core->stride);
+    memcpy(core->padding, shape.padding, sizeof core->padding);
+    memcpy(core->dilation, shape.dilation, sizeof core->dilation);
     double fan_in = (double)(in / groups) * (double)core->kernel[0] * (double)core->kernel[1];
     peftc_fill weight = uniform_fill(&m, fan_in), shift = uniform_fill(&m, fan_in);
     return finish(&m, &weight, bias ? &shift : NULL);
@@ -202,22 +208,25 @@ static int embedding_init(PyObject *op, PyObject *args, PyObject *kwargs)
     PyObject *padding = Py_None, *dtype = NULL;
     maker m;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nn|OO:Embedding", names, &rows, &dim, &padding, &dtype) ||
-        check_positive(op, "num_embeddings", rows, 0) < 0 || check_positive(op, "embedding_dim", dim, 0) < 0 ||
-        start(op, dtype, PC_EMBEDDING, &m) < 0)
+        check_positive(op, "num_embeddings", rows, 0) < 0 || check_positive(op, "embedding_dim", dim, 0) < 0)
         return -1;
-    m.self->core.in_features = rows;
-    m.self->core.out_features = dim;
-    peftc_fill weight = {PEFTC_FILL_NORMAL, 0.0, 1.0, peftc_next_rng(m.state), -1};
+    Py_ssize_t index = -1;
     if (padding != Py_None) {
-        Py_ssize_t index = PyNumber_AsSsize_t(padding, PyExc_ValueError);
+        index = PyNumber_AsSsize_t(padding, PyExc_ValueError);
         if (index == -1 && PyErr_Occurred())
             return -1;
         if (index < -rows || index >= rows) {
             PyErr_Format(PyExc_ValueError, "Embedding: padding_idx %zd is not within its %zd rows", index, rows);
             return -1;
         }
-        m.self->padding_idx = weight.zero_row = index < 0 ? index + rows : index;
+        index = index < 0 ? index + rows : index;
     }
+    if (start(op, dtype, PC_EMBEDDING, &m) < 0)
+        return -1;
+    m.self->core.in_features = rows;
+    m.self->core.out_features = dim;
+    m.self->padding_idx = index;
+    peftc_fill weight = {PEFTC_FILL_NORMAL, 0.0, 1.0, peftc_next_rng(m.state), index};
     return finish(&m, &weight, NULL);
 }
 
@@ -267,12 +276,13 @@ static int rmsnorm_init(PyObject *op, PyObject *args, PyObject *kwargs)
     Py_ssize_t dim;
     maker m;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OpO:RMSNorm", names, &normalized, &eps, &affine, &dtype) ||
-        parse_normalized(normalized, &dim) < 0 || start(op, dtype, PC_RMSNORM, &m) < 0)
+        parse_normalized(normalized, &dim) < 0)
+        return -1;
+    double least = eps != Py_None ? PyFloat_AsDouble(eps) : -1.0; /* negative: of the input's dtype */
+    if ((least == -1.0 && PyErr_Occurred()) || start(op, dtype, PC_RMSNORM, &m) < 0)
         return -1;
     m.self->core.in_features = m.self->core.out_features = dim;
-    m.self->eps = eps != Py_None ? PyFloat_AsDouble(eps) : -1.0; /* negative: of the input's dtype */
-    if (m.self->eps == -1.0 && PyErr_Occurred())
-        return -1;
+    m.self->eps = least;
     peftc_fill weight = constant_fill(PEFTC_FILL_ONES);
     return finish(&m, affine ? &weight : NULL, NULL);
 }

@@ -70,20 +70,41 @@ static void layer_dealloc(PyObject *op)
 
 /* ---------------------------------------------------------------- parameters */
 
-static int sync_one(PyObject *parameter, PyObject **owner, const void **data)
+/* Have the values of a parameter drawn.  That gives up the GIL: other code may put another parameter in its place. */
+static int draw(PyObject **place)
 {
-    if (parameter == NULL) {
-        *data = NULL;
-        Py_CLEAR(*owner);
-        return 0;
+    while (*place != NULL && ((peftc_parameter_object *)*place)->storage == NULL) {
+        PyObject *parameter = Py_NewRef(*place);
+        bool drawn = peftc_parameter_storage((peftc_parameter_object *)parameter) != NULL;
+        Py_DECREF(parameter);
+        if (!drawn)
+            return -1;
     }
+    return 0;
+}
+
+static bool to_be_drawn(const PyObject *parameter)
+{
+    return parameter != NULL && ((const peftc_parameter_object *)parameter)->storage == NULL;
+}
+
+/* The storage of a drawn parameter (borrowed) into *out, NULL for none.  Users can resize the array in place, so its
+ * shape is looked at each time. */
+static int storage_of(const peftc_layer_object *layer, PyObject *parameter, int ndim, const npy_intp *shape,
+                      const char *which, PyArrayObject **out)
+{
+    *out = NULL;
+    if (parameter == NULL)
+        return 0;
     PyArrayObject *storage = peftc_parameter_storage((peftc_parameter_object *)parameter);
     if (storage == NULL)
         return -1;
-    if ((PyObject *)storage != *owner) {
-        *data = PyArray_DATA(storage);
-        Py_XSETREF(*owner, Py_NewRef(storage));
+    if (PyArray_NDIM(storage) != ndim || !PyArray_CompareLists(PyArray_DIMS(storage), shape, ndim)) {
+        PyErr_Format(PyExc_RuntimeError, "the array of %s of %s was given another shape in place; put a new Parameter there",
+                     which, peftc_layer_name(layer));
+        return -1;
     }
+    *out = storage;
     return 0;
 }
 
@@ -94,19 +115,34 @@ int peftc_layer_sync(peftc_layer_object *layer)
                      Py_TYPE(layer)->tp_name);
         return -1;
     }
-    if (sync_one(layer->weight, &layer->weight_owner, &layer->core.weight) < 0 ||
-        sync_one(layer->bias, &layer->bias_owner, &layer->core.bias) < 0)
+    do {
+        if (draw(&layer->weight) < 0 || draw(&layer->bias) < 0)
+            return -1;
+    } while (to_be_drawn(layer->weight) || to_be_drawn(layer->bias));
+    /* From here on no other code runs until the layer is whole again. */
+    npy_intp shape[4], bias_shape[1] = {(npy_intp)layer->core.out_features};
+    int ndim = peftc_layer_weight_shape(layer, shape);
+    PyArrayObject *weight, *bias;
+    if (storage_of(layer, layer->weight, ndim, shape, "the weight", &weight) < 0 ||
+        storage_of(layer, layer->bias, 1, bias_shape, "the bias", &bias) < 0)
         return -1;
-    const peftc_parameter_object *weight = (peftc_parameter_object *)layer->weight;
-    const peftc_parameter_object *bias = (peftc_parameter_object *)layer->bias;
     if (weight != NULL) {
-        layer->core.dtype = weight->dtype;
-        if (bias != NULL && bias->dtype != weight->dtype) {
+        pc_dtype dtype = ((peftc_parameter_object *)layer->weight)->dtype;
+        pc_dtype bias_dtype = bias != NULL ? ((peftc_parameter_object *)layer->bias)->dtype : dtype;
+        if (bias_dtype != dtype) {
             PyErr_Format(PyExc_TypeError, "%s has a weight of %s and a bias of %s; give both the same dtype",
-                         peftc_layer_name(layer), pc_dtype_get(weight->dtype)->name, pc_dtype_get(bias->dtype)->name);
+                         peftc_layer_name(layer), pc_dtype_get(dtype)->name, pc_dtype_get(bias_dtype)->name);
             return -1;
         }
+        layer->core.dtype = dtype;
     }
+    layer->core.weight = weight != NULL ? PyArray_DATA(weight) : NULL;
+    layer->core.bias = bias != NULL ? PyArray_DATA(bias) : NULL;
+    PyObject *old_weight = layer->weight_owner, *old_bias = layer->bias_owner;
+    layer->weight_owner = Py_XNewRef(weight);
+    layer->bias_owner = Py_XNewRef(bias);
+    Py_XDECREF(old_weight);
+    Py_XDECREF(old_bias);
     return 0;
 }
 
@@ -140,8 +176,12 @@ static int set_parameter(peftc_layer_object *self, PyObject **place, PyObject *v
     if (state == NULL)
         return -1;
     if (!PyObject_TypeCheck(value, state->parameter_type)) {
-        if (*place != NULL)
-            return peftc_parameter_assign((peftc_parameter_object *)*place, value, which);
+        if (*place != NULL) {
+            PyObject *parameter = Py_NewRef(*place); /* reading the value can run any code */
+            int result = peftc_parameter_assign((peftc_parameter_object *)parameter, value, which);
+            Py_DECREF(parameter);
+            return result;
+        }
         PyObject *made = PyObject_CallOneArg((PyObject *)state->parameter_type, value);
         if (made == NULL)
             return -1;
@@ -213,6 +253,11 @@ static int layer_set_bias(PyObject *op, PyObject *value, void *unused)
     (void)unused;
     peftc_layer_object *self = cast(op);
     bool remove = value == NULL || value == Py_None;
+    if (!self->ready) {
+        PyErr_Format(PyExc_RuntimeError, "%s was not initialised: its __init__ must call super().__init__(...)",
+                     Py_TYPE(op)->tp_name);
+        return -1;
+    }
     if (self->core.kind == PC_EMBEDDING || self->core.kind == PC_RMSNORM) {
         if (remove)
             return 0;

@@ -14,6 +14,8 @@
 
 static peftc_parameter_object *cast(PyObject *op) { return (peftc_parameter_object *)op; }
 
+static void parameter_dealloc(PyObject *op);
+
 /* NumPy's type number for storing a dtype. */
 static int storage_typenum(pc_dtype dtype)
 {
@@ -79,10 +81,21 @@ static void draw(pc_runtime *rt, const peftc_fill *fill, pc_dtype dtype, void *d
     }
 }
 
+/* The array is in the hands of users, who can change its dtype, strides or size in place. */
+static int check_storage(const peftc_parameter_object *self)
+{
+    PyArrayObject *array = (PyArrayObject *)self->storage;
+    if (PyArray_TYPE(array) == storage_typenum(self->dtype) && PyArray_ISCARRAY_RO(array))
+        return 0;
+    PyErr_SetString(PyExc_RuntimeError, "the array of a parameter was given another dtype or memory layout in place; "
+                                        "put a new Parameter in its place");
+    return -1;
+}
+
 PyArrayObject *peftc_parameter_storage(peftc_parameter_object *self)
 {
     if (self->storage != NULL)
-        return (PyArrayObject *)self->storage;
+        return check_storage(self) == 0 ? (PyArrayObject *)self->storage : NULL;
     peftc_state *state = peftc_state_of_type(Py_TYPE(self));
     if (state == NULL)
         return NULL;
@@ -121,8 +134,7 @@ const npy_intp *peftc_parameter_shape(const peftc_parameter_object *self, int *n
 /* Any array-like as contiguous storage of a float dtype; NULL with an exception. */
 static PyArrayObject *as_storage(PyObject *value, pc_dtype *dtype, const char *what)
 {
-    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OF(
-        value, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_ENSUREARRAY);
+    PyArrayObject *array = peftc_native_array(value, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSUREARRAY);
     if (array == NULL)
         return NULL;
     *dtype = peftc_dtype_of(PyArray_DESCR(array));
@@ -183,6 +195,14 @@ PyObject *peftc_parameter_array(peftc_parameter_object *self)
     peftc_state *state = peftc_state_of_type(Py_TYPE(self));
     PyArray_Descr *descr = state != NULL ? peftc_descr_of(state, PC_BF16) : NULL;
     return descr != NULL ? PyArray_View(storage, descr, &PyArray_Type) : NULL;
+}
+
+bool peftc_is_parameter(PyObject *object)
+{
+    for (const PyTypeObject *type = Py_TYPE(object); type != NULL; type = type->tp_base)
+        if (type->tp_dealloc == parameter_dealloc)
+            return true;
+    return false;
 }
 
 /* ------------------------------------------------------------------ lifetime */
@@ -276,6 +296,8 @@ static PyObject *parameter_convert(PyObject *op, PyObject *dtype_obj)
         self->dtype = dtype;
         Py_RETURN_NONE;
     }
+    if (check_storage(self) < 0)
+        return NULL;
     PyArrayObject *old = (PyArrayObject *)Py_NewRef(self->storage);
     const pc_dtype old_dtype = self->dtype;
     PyArrayObject *converted =
@@ -314,7 +336,9 @@ static PyObject *parameter_copy_from(PyObject *op, PyObject *other_obj)
     int ndim;
     const npy_intp *shape = peftc_parameter_shape(self, &ndim);
     PyArrayObject *target = NULL;
-    if (ndim != PyArray_NDIM(source) || !PyArray_CompareLists(shape, PyArray_DIMS(source), ndim))
+    if (self->storage != NULL && check_storage(self) < 0)
+        target = NULL;
+    else if (ndim != PyArray_NDIM(source) || !PyArray_CompareLists(shape, PyArray_DIMS(source), ndim))
         PyErr_SetString(PyExc_ValueError, "the parameters have different shapes");
     else if (self->storage != NULL && PyArray_ISWRITEABLE((PyArrayObject *)self->storage))
         target = (PyArrayObject *)Py_NewRef(self->storage);
@@ -328,6 +352,7 @@ static PyObject *parameter_copy_from(PyObject *op, PyObject *other_obj)
     Py_DECREF(source);
     if (target == NULL)
         return NULL;
+    self->dtype = dtype; /* another thread may have changed both meanwhile */
     Py_XSETREF(self->storage, (PyObject *)target);
     Py_RETURN_NONE;
 }

@@ -32,8 +32,7 @@ PyObject *peftc_parameter_dunder_array(PyObject *op, PyObject *args, PyObject *k
 /* The array of a parameter; anything else as it is. */
 static PyObject *unwrap(PyObject *value)
 {
-    const PyNumberMethods *number = Py_TYPE(value)->tp_as_number;
-    if (number != NULL && number->nb_negative == peftc_parameter_negative)
+    if (peftc_is_parameter(value))
         return peftc_parameter_array(cast(value));
     return Py_NewRef(value);
 }

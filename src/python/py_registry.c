@@ -6,19 +6,43 @@
 #include "py_registry.h"
 
 #include <structmember.h>
+#include <unistd.h>
 
 pc_registry *peftc_registry_core(PyObject *registry) { return ((registry_object *)registry)->core; }
 
-void registry_lock(registry_object *self)
+int registry_lock(registry_object *self)
 {
-    if (PyThread_acquire_lock(self->mutation, NOWAIT_LOCK))
-        return;
-    Py_BEGIN_ALLOW_THREADS
-    PyThread_acquire_lock(self->mutation, WAIT_LOCK);
-    Py_END_ALLOW_THREADS
+    const pid_t process = getpid();
+    if (self->holder != 0 && self->holder_process != process) {
+        /* Forked while another thread was adding an adapter: that thread does not exist here, and the lock that it
+         * holds is nobody's.  What it was building is not listed yet. */
+        PyThread_type_lock fresh = PyThread_allocate_lock();
+        if (fresh == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        self->mutation = fresh; /* the old one cannot be freed: it is locked */
+        self->holder = 0;
+    }
+    if (self->holder == PyThread_get_thread_ident()) {
+        PyErr_SetString(PyExc_RuntimeError, "the adapters of this model are being changed by the code that called this");
+        return -1;
+    }
+    if (!PyThread_acquire_lock(self->mutation, NOWAIT_LOCK)) {
+        Py_BEGIN_ALLOW_THREADS
+        PyThread_acquire_lock(self->mutation, WAIT_LOCK);
+        Py_END_ALLOW_THREADS
+    }
+    self->holder = PyThread_get_thread_ident();
+    self->holder_process = process;
+    return 0;
 }
 
-void registry_unlock(registry_object *self) { PyThread_release_lock(self->mutation); }
+void registry_unlock(registry_object *self)
+{
+    self->holder = 0;
+    PyThread_release_lock(self->mutation);
+}
 
 /* ------------------------------------------------------------------ lifetime */
 
@@ -136,6 +160,8 @@ static PyObject *registry_names(PyObject *op, PyObject *unused)
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list != NULL && i < count; i++) {
         const pc_adapter *adapter = pc_registry_at(core, i);
+        if (adapter == NULL)
+            break; /* making the list ran a finalizer that deleted some */
         PyObject *text = PyUnicode_DecodeUTF8(adapter->name, (Py_ssize_t)adapter->name_len, "strict");
         if (text == NULL || PyList_Append(list, text) < 0)
             Py_CLEAR(list);
@@ -189,7 +215,8 @@ static PyObject *registry_remove(PyObject *op, PyObject *arg)
     if (name == NULL)
         return NULL;
     pc_error err;
-    registry_lock(self);
+    if (registry_lock(self) < 0)
+        return NULL;
     pc_status status = pc_registry_remove(self->core, name, (size_t)len, &err);
     registry_unlock(self);
     if (status != PC_OK)

@@ -12,6 +12,7 @@
 #include "binding.h"
 
 #include <pythread.h>
+#include <sys/types.h>
 
 #include "../methods/methods.h"
 #include "layer.h"
@@ -22,12 +23,15 @@ typedef struct registry_object {
     PyObject *objects; /* list: the host's module by index */
     PyObject *weakrefs;
     PyThread_type_lock mutation; /* held by whatever grows the module table or builds adapters: those release the GIL */
+    unsigned long holder;        /* the thread that holds it, 0 when it is free; and that thread's process */
+    pid_t holder_process;
 } registry_object;
 
 static inline peftc_state *registry_state(registry_object *self) { return peftc_state_of_type(Py_TYPE(self)); }
 
-/* Take and give back `mutation`; the GIL is held before and after, not while waiting. */
-void registry_lock(registry_object *self);
+/* Take and give back `mutation`; the GIL is held before and after, not while waiting.  -1 with RuntimeError when this
+ * thread holds it: something that it called while changing the registry (a finalizer) wants to change it, too. */
+int registry_lock(registry_object *self);
 void registry_unlock(registry_object *self);
 
 /* A name argument as UTF-8; NULL with an exception. */

@@ -27,9 +27,9 @@ typedef struct new_adapter {
     int trainable;
 } new_adapter;
 
-/* Config → built adapter → filled (from source, or initialised when it is NULL) → listed.  No GIL needed. */
+/* Config → built adapter → filled (from source, or initialised when it is NULL).  No GIL needed. */
 static pc_status make_adapter(registry_object *self, peftc_state *state, const new_adapter *request,
-                              pc_weights *source, pc_load_report *report, pc_error *err)
+                              pc_weights *source, pc_load_report *report, pc_adapter **out, pc_error *err)
 {
     pc_config *config = NULL;
     pc_adapter *adapter = NULL;
@@ -46,11 +46,39 @@ static pc_status make_adapter(registry_object *self, peftc_state *state, const n
         status = pc_adapter_load(state->rt, self->core, adapter, source, request->seed, report, err);
     else
         status = pc_adapter_init(state->rt, self->core, adapter, request->seed, err);
-    if (status == PC_OK)
-        status = pc_registry_insert(self->core, adapter, err);
     if (status != PC_OK)
         pc_adapter_release(adapter);
+    else
+        *out = adapter;
     return status;
+}
+
+/* Make an adapter without the GIL and list it.  Listing needs the core's lock and is done with the GIL: a fork cannot
+ * come in between then, and leave a child with a lock that nobody gives back.  -1 with an exception. */
+static int make_and_list(registry_object *self, peftc_state *state, const new_adapter *request, pc_weights *source,
+                         pc_load_report *report)
+{
+    if (registry_lock(self) < 0)
+        return -1;
+    pc_error err;
+    pc_status status = PC_ERR_CALLBACK;
+    pc_adapter *adapter = NULL;
+    PyObject *pins = registry_pin_weights(self, state);
+    if (pins != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        status = make_adapter(self, state, request, source, report, &adapter, &err);
+        Py_END_ALLOW_THREADS
+    }
+    if (status == PC_OK) {
+        status = pc_registry_insert(self->core, adapter, &err);
+        if (status != PC_OK)
+            pc_adapter_release(adapter);
+    }
+    registry_unlock(self);
+    if (pins != NULL && status != PC_OK)
+        peftc_raise(state, &err);
+    Py_XDECREF(pins);
+    return status == PC_OK ? 0 : -1;
 }
 
 const char registry_add_doc[] =
@@ -70,21 +98,8 @@ PyObject *registry_add(PyObject *op, PyObject *args, PyObject *kwargs)
         (request.name = registry_adapter_name(name, &request.name_len)) == NULL)
         return NULL;
     peftc_state *state = registry_state(self);
-    pc_error err;
-    pc_status status = PC_ERR_CALLBACK;
-    registry_lock(self);
-    PyObject *pins = registry_pin_weights(self, state);
-    if (pins != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        status = make_adapter(self, state, &request, NULL, NULL, &err);
-        Py_END_ALLOW_THREADS
-        Py_DECREF(pins);
-    }
-    registry_unlock(self);
-    if (pins == NULL)
+    if (state == NULL || make_and_list(self, state, &request, NULL, NULL) < 0)
         return NULL;
-    if (status != PC_OK)
-        return peftc_raise(state, &err);
     Py_RETURN_NONE;
 }
 
@@ -161,22 +176,10 @@ PyObject *registry_load(PyObject *op, PyObject *args, PyObject *kwargs)
         return NULL;
     pc_load_report report = {0};
     pc_pool_init(&report.pool);
-    pc_error err;
-    pc_status status = PC_ERR_CALLBACK;
-    registry_lock(self);
-    PyObject *pins = registry_pin_weights(self, state);
-    if (pins != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        status = make_adapter(self, state, &request, source, &report, &err);
-        Py_END_ALLOW_THREADS
-        Py_DECREF(pins);
-    }
-    registry_unlock(self);
+    int made = make_and_list(self, state, &request, source, &report);
     source->close(source);
     PyObject *result = NULL;
-    if (pins != NULL && status != PC_OK) {
-        peftc_raise(state, &err);
-    } else if (pins != NULL) {
+    if (made == 0) {
         PyObject *missing = list_of_strings(&report.missing);
         PyObject *unexpected = list_of_strings(&report.unexpected);
         if (missing != NULL && unexpected != NULL)

@@ -1,30 +1,26 @@
 /* AdapterRegistry: merged weights. */
 #include "py_registry.h"
 
-/* Adapters to merge: those merged already, then the ones asked for that are not.  Returned references are
- * borrowed from `activation` and the registry, both kept by the caller; PyMem_Free the array. */
+/* Adapters to merge: those merged already, then the ones asked for (a tuple of str, or NULL for the active ones) that
+ * are not.  Returned references are borrowed from `activation` and the registry, both kept by the caller; PyMem_Free the
+ * array. */
 static pc_adapter **merge_list(registry_object *self, const pc_activation *activation, PyObject *names, size_t *count)
 {
-    PyObject *fast = names != Py_None ? PySequence_Fast(names, "adapter names must be a sequence of str") : NULL;
-    if (names != Py_None && fast == NULL)
-        return NULL;
     size_t merged = activation->merged != NULL ? activation->merged->adapter_count : 0;
-    size_t asked = fast != NULL ? (size_t)PySequence_Fast_GET_SIZE(fast) : activation->count;
+    size_t asked = names != NULL ? (size_t)PyTuple_GET_SIZE(names) : activation->count;
     pc_adapter **list = PyMem_New(pc_adapter *, merged + asked + 1);
     if (list == NULL) {
         PyErr_NoMemory();
-        Py_XDECREF(fast);
         return NULL;
     }
     size_t used = 0;
     for (size_t i = 0; i < merged; i++)
         list[used++] = activation->merged->adapters[i];
     for (size_t i = 0; i < asked; i++) {
-        pc_adapter *adapter = fast != NULL ? registry_find_adapter(self, PySequence_Fast_GET_ITEM(fast, (Py_ssize_t)i))
-                                           : activation->adapters[i];
+        pc_adapter *adapter = names != NULL ? registry_find_adapter(self, PyTuple_GET_ITEM(names, (Py_ssize_t)i))
+                                            : activation->adapters[i];
         if (adapter == NULL) {
             PyMem_Free(list);
-            Py_DECREF(fast);
             return NULL;
         }
         bool there = false;
@@ -33,9 +29,20 @@ static pc_adapter **merge_list(registry_object *self, const pc_activation *activ
         if (!there)
             list[used++] = adapter;
     }
-    Py_XDECREF(fast);
     *count = used;
     return list;
+}
+
+/* The names that were asked for as a tuple of str; reading them may run any code. */
+static PyObject *name_tuple(PyObject *names)
+{
+    PyObject *tuple = PySequence_Tuple(names);
+    for (Py_ssize_t i = 0; tuple != NULL && i < PyTuple_GET_SIZE(tuple); i++) {
+        Py_ssize_t len;
+        if (registry_adapter_name(PyTuple_GET_ITEM(tuple, i), &len) == NULL)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
 }
 
 const char registry_merge_doc[] =
@@ -54,10 +61,16 @@ PyObject *registry_merge(PyObject *op, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|Op:merge", names, &wanted, &safe_merge))
         return NULL;
     peftc_state *state = registry_state(self);
-    registry_lock(self);
+    PyObject *asked = wanted != Py_None ? name_tuple(wanted) : NULL;
+    if (state == NULL || (wanted != Py_None && asked == NULL))
+        return NULL;
+    if (registry_lock(self) < 0) {
+        Py_XDECREF(asked);
+        return NULL;
+    }
     pc_activation *activation = pc_registry_acquire(self->core);
     size_t count = 0;
-    pc_adapter **list = merge_list(self, activation, wanted, &count);
+    pc_adapter **list = merge_list(self, activation, asked, &count);
     PyObject *pins = list != NULL ? registry_pin_weights(self, state) : NULL;
     pc_merged *merged = NULL;
     pc_error err;
@@ -65,13 +78,14 @@ PyObject *registry_merge(PyObject *op, PyObject *args, PyObject *kwargs)
     if (pins != NULL && count != 0) {
         Py_BEGIN_ALLOW_THREADS
         status = pc_merge(state->rt, self->core, list, count, safe_merge != 0, &merged, &err);
+        Py_END_ALLOW_THREADS
         if (status == PC_OK)
             status = pc_registry_set_merged(self->core, merged, &err);
-        Py_END_ALLOW_THREADS
     }
     pc_activation_release(activation);
     registry_unlock(self);
     PyMem_Free(list);
+    Py_XDECREF(asked);
     if (pins == NULL)
         return NULL;
     Py_DECREF(pins);
@@ -88,7 +102,8 @@ PyObject *registry_unmerge(PyObject *op, PyObject *unused)
     (void)unused;
     registry_object *self = (registry_object *)op;
     pc_error err;
-    registry_lock(self);
+    if (registry_lock(self) < 0)
+        return NULL;
     pc_status status = pc_registry_set_merged(self->core, NULL, &err);
     registry_unlock(self);
     if (status != PC_OK)

@@ -32,6 +32,42 @@ static bool same_geometry(const pc_module *a, const pc_module *b)
            memcmp(a->kernel, b->kernel, sizeof a->kernel) == 0 && a->groups == b->groups;
 }
 
+/* Does the module belong to another model with adapters? They would stop applying there. */
+static int check_free(const registry_object *self, peftc_state *state, PyObject *object, const char *name)
+{
+    const peftc_module_object *module = (peftc_module_object *)object;
+    if (!is_module(state, object) || module->registry == NULL || module->registry == (PyObject *)self ||
+        pc_registry_count(peftc_registry_core(module->registry)) == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "module %s already belongs to another model that has adapters attached; delete those first or "
+                 "attach the adapter to that model",
+                 name);
+    return -1;
+}
+
+/* Is the object in the table already, under the name that it goes by? (Another may have taken that name.) */
+static bool is_listed(const registry_object *self, peftc_state *state, PyObject *object)
+{
+    const peftc_module_object *module = (peftc_module_object *)object;
+    return is_module(state, object) && module->registry == (PyObject *)self &&
+           PyList_GET_ITEM(self->objects, module->index) == object;
+}
+
+/* `old` has lost its place in the table: it goes by the next of its other names, if it has one. */
+static void rename_object(registry_object *self, PyObject *old)
+{
+    pc_module_table *table = pc_registry_modules(self->core);
+    int32_t first = -1;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(self->objects); i++) {
+        if (PyList_GET_ITEM(self->objects, i) != old)
+            continue;
+        table->items[i].alias_of = first;
+        if (first < 0)
+            first = ((peftc_module_object *)old)->index = (int32_t)i;
+    }
+}
+
 /* A name that the table knows: the same object (nothing to do) or one that took its place. */
 static int rebind(registry_object *self, peftc_state *state, pc_module *entry, PyObject *object)
 {
@@ -49,12 +85,23 @@ static int rebind(registry_object *self, peftc_state *state, pc_module *entry, P
             return -1;
         }
     }
-    peftc_module_object *module = (peftc_module_object *)object;
-    if (is_module(state, object) && module->registry != (PyObject *)self) {
-        Py_XSETREF(module->registry, Py_NewRef(self));
+    if (check_free(self, state, object, entry->name) < 0)
+        return -1;
+    peftc_module_object *module = is_module(state, object) ? (peftc_module_object *)object : NULL;
+    PyObject *registry = NULL; /* the one that the module leaves: let go of last, that may run any code */
+    const bool old_listed = is_listed(self, state, old) && ((peftc_module_object *)old)->index == index;
+    entry->alias_of = is_listed(self, state, object) ? module->index : -1;
+    PyList_SET_ITEM(self->objects, index, Py_NewRef(object));
+    if (module != NULL && entry->alias_of < 0) {
+        registry = module->registry;
+        module->registry = Py_NewRef(self);
         module->index = (int32_t)index;
     }
-    return PyList_SetItem(self->objects, index, Py_NewRef(object));
+    if (old_listed)
+        rename_object(self, old);
+    Py_XDECREF(registry);
+    Py_DECREF(old);
+    return 0;
 }
 
 static int bind_one(registry_object *self, peftc_state *state, PyObject *name_obj, PyObject *object,
@@ -74,25 +121,22 @@ static int bind_one(registry_object *self, peftc_state *state, PyObject *name_ob
     entry.class_name = dot != NULL ? dot + 1 : Py_TYPE(object)->tp_name;
     entry.output_embedding = output_embedding != Py_None && PyUnicode_Compare(output_embedding, name_obj) == 0;
     peftc_module_object *module = is_module(state, object) ? (peftc_module_object *)object : NULL;
-    if (module != NULL && module->registry == (PyObject *)self) {
+    if (is_listed(self, state, object)) {
         entry.alias_of = module->index; /* the same object under a second name */
-    } else if (module != NULL && module->registry != NULL &&
-               pc_registry_count(peftc_registry_core(module->registry)) != 0) {
-        PyErr_Format(PyExc_ValueError,
-                     "module %s already belongs to another model that has adapters attached; delete those first or "
-                     "attach the adapter to that model",
-                     name);
+    } else if (check_free(self, state, object, name) < 0) {
         return -1;
     }
     describe(state, object, &entry);
     size_t index;
     pc_error err;
+    const Py_ssize_t last = PyList_GET_SIZE(self->objects);
+    if (PyList_Append(self->objects, object) < 0)
+        return -1;
     if (pc_module_table_add(table, &entry, &index, &err) != PC_OK) {
+        (void)PyList_SetSlice(self->objects, last, last + 1, NULL);
         peftc_raise(state, &err);
         return -1;
     }
-    if (PyList_Append(self->objects, object) < 0)
-        return -1;
     if (module != NULL && entry.alias_of < 0) {
         Py_XSETREF(module->registry, Py_NewRef(self));
         module->index = (int32_t)index;
@@ -117,25 +161,31 @@ PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs)
     peftc_state *state = registry_state(self);
     if (output_embedding != Py_None && !PyUnicode_Check(output_embedding))
         return PyErr_Format(PyExc_TypeError, "output_embedding is a dotted name or None, got %R", output_embedding);
-    PyObject *fast = PySequence_Fast(modules, "modules must be a sequence of (name, module)");
-    if (fast == NULL)
+    PyObject *pairs = PySequence_Check(modules) ? PySequence_Tuple(modules) : NULL; /* a list may change meanwhile */
+    if (pairs == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "modules must be a sequence of (name, module)");
         return NULL;
-    PyObject *result = NULL;
-    registry_lock(self);
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast); i++) {
-        PyObject *pair = PySequence_Fast_GET_ITEM(fast, i);
+    }
+    const Py_ssize_t count = PyTuple_GET_SIZE(pairs);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *pair = PyTuple_GET_ITEM(pairs, i);
         if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyUnicode_Check(PyTuple_GET_ITEM(pair, 0))) {
             PyErr_Format(PyExc_TypeError, "modules[%zd] must be a tuple (name, module), got %R", i, pair);
-            goto done;
+            Py_DECREF(pairs);
+            return NULL;
         }
-        if (bind_one(self, state, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), output_embedding) < 0)
-            goto done;
     }
-    result = Py_NewRef(Py_None);
-done:
-    registry_unlock(self);
-    Py_DECREF(fast);
-    return result;
+    int result = registry_lock(self);
+    if (result == 0) {
+        for (Py_ssize_t i = 0; i < count && result == 0; i++) {
+            PyObject *pair = PyTuple_GET_ITEM(pairs, i);
+            result = bind_one(self, state, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), output_embedding);
+        }
+        registry_unlock(self);
+    }
+    Py_DECREF(pairs);
+    return result == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
 PyObject *registry_pin_weights(registry_object *self, peftc_state *state)

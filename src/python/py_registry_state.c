@@ -132,9 +132,10 @@ PyObject *registry_state_dict(PyObject *op, PyObject *arg)
 /* Dotted names of the modules whose slot satisfies one flag. */
 static PyObject *modules_where(registry_object *self, PyObject *arg, bool replaced)
 {
-    const pc_adapter *adapter = registry_find_adapter(self, arg);
+    pc_adapter *adapter = registry_find_adapter(self, arg);
     if (adapter == NULL)
         return NULL;
+    pc_adapter_retain(adapter); /* making the list may run a finalizer that deletes it */
     const pc_module_table *table = pc_registry_modules(self->core);
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list != NULL && i < adapter->slot_count; i++) {
@@ -147,6 +148,7 @@ static PyObject *modules_where(registry_object *self, PyObject *arg, bool replac
             Py_CLEAR(list);
         Py_XDECREF(name);
     }
+    pc_adapter_release(adapter);
     return list;
 }
 

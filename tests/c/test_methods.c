@@ -380,11 +380,13 @@ TEST(a_trained_bias_is_in_effect_while_active)
     CHECK(memcmp(pc_tensor_data(adapted, bias), q->bias, bias->nbytes) == 0);
     fill_noise(PC_F32, pc_tensor_data(adapted, bias), OUT, 99);
 
-    const void *weight = q->weight, *effective = q->bias;
+    pc_module effective = *q;
     CHECK_STATUS(activate(&m, "all,adapted", &err), PC_OK);
     pc_activation *activation = pc_registry_acquire(m.registry);
-    pc_effective_weights(activation, index_of(&m, "model.layers.0.q"), &weight, &effective);
-    CHECK(weight == q->weight && effective == pc_tensor_data(adapted, bias));
+    CHECK_STATUS(pc_effective_weights(activation, index_of(&m, "model.layers.0.q"), &effective, &err), PC_OK);
+    CHECK(effective.weight == q->weight && effective.bias == pc_tensor_data(adapted, bias));
+    effective.dtype = PC_F16; /* converted since: a bias of F32 over a weight of F16 */
+    CHECK_STATUS(pc_effective_weights(activation, index_of(&m, "model.layers.0.q"), &effective, &err), PC_ERR_VALUE);
     pc_activation_release(activation);
     const void *own = q->bias;
     q->bias = pc_tensor_data(adapted, bias);
