@@ -86,17 +86,26 @@ def our_model(layers=LAYERS, width=WIDTH):
 def measure_ours(folder, count):
     import peftc  # noqa: F401
 
-    model = our_model()
-    model.load_adapter(folder, "warm")
-    model.delete_adapter("warm")
+    model, small = our_model(), our_model()
+    for each in (model, small):
+        each.load_adapter(folder, "warm")
+        each.delete_adapter("warm")
+    small.load_adapter(folder, "a0")
     gc.collect()
     before = rss()
-    loads = [timed(lambda i=i: model.load_adapter(folder, f"a{i}")) for i in range(count)]
+    for i in range(count):
+        model.load_adapter(folder, f"a{i}")
     full = rss()
+    second, last = [], []
+    for _ in range(40):  # in turn, so that a machine whose speed drifts slows both
+        second.append(timed(lambda: small.load_adapter(folder, "a1")))
+        small.delete_adapter("a1")
+        model.delete_adapter(f"a{count - 1}")
+        last.append(timed(lambda: model.load_adapter(folder, f"a{count - 1}")))
     registry = model._peftc_attachment.registry
     result = {
-        "load 2nd": statistics.median(loads[1:11]),
-        "load last": statistics.median(loads[-10:]),
+        "load 2nd": statistics.median(second),
+        "load last": statistics.median(last),
         "set_adapter (C)": per_call(lambda: registry.activate(["a1"])),
         "disable+enable (C)": per_call(lambda: (setattr(registry, "enabled", False), setattr(registry, "enabled", True))),
         "set_adapter": per_call(lambda: model.set_adapter("a1")),
