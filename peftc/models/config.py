@@ -33,7 +33,7 @@ class ModelConfig:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} is not valid JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"{file} must hold a JSON object, not a {type(fields).__name__}")  # noqa: TRY004  (wrong content of a file)
+            raise ValueError(f"{file} must hold a JSON object, not a {type(fields).__name__}")
         return cls(**{**fields, **overrides})
 
     @property

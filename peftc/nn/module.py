@@ -91,7 +91,7 @@ class Module(_core.Module):
             child = module.__dict__.get(part)
             if not isinstance(child, Module):
                 where = walked or type(self).__name__
-                raise AttributeError(  # noqa: TRY004  (as getattr would)
+                raise AttributeError(
                     f"{where} has no submodule {part!r} (looking for {target!r})"
                 )
             module = child
