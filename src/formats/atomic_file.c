@@ -235,7 +235,8 @@ pc_status pc_atomic_commit(pc_atomic_file *file, pc_error *err)
         result = fsync(file->fd);
     } while (result != 0 && errno == EINTR);
     if (result != 0 || (file->temporary == NULL && !name_it(file)))
-        status = pc_fail_errno(err, errno, "cannot write \"%s\"", file->path);
+        status = errno == ENOMEM ? pc_fail_nomem(err, "a temporary file's name")
+                                 : pc_fail_errno(err, errno, "cannot write \"%s\"", file->path);
     if (status == PC_OK) {
         int fd = file->fd;
         file->fd = -1;

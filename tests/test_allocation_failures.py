@@ -1,0 +1,184 @@
+"""Every allocation of the core fails once: MemoryError, nothing has changed, nothing is lost (sanitized build only)."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peftc import _core, nn
+from peftc._core import AdapterRegistry
+
+pytestmark = pytest.mark.skipif(not _core.build_info()["test_hooks"], reason="needs a build with PEFTC_SANITIZE=1")
+
+LORA = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["a", "c"], "modules_to_save": ["b"], "bias": "all"})
+DORA = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["a", "c"], "use_dora": True, "rank_pattern": {"a": 3}})
+IA3 = json.dumps({"peft_type": "IA3", "target_modules": ["a", "c"], "feedforward_modules": ["c"]})
+ADALORA = json.dumps({"peft_type": "ADALORA", "target_modules": "(a|b)", "total_step": 10})
+CONFIGS = {"lora": LORA, "dora": DORA, "ia3": IA3, "adalora": ADALORA}
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: str = "float16") -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8, dtype=dtype)
+        self.b = nn.Linear(8, 8, dtype=dtype)
+        self.c = nn.Conv2d(1, 2, 3, padding=1, dtype=dtype)
+        self.eval()
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = self.b(self.a(x))
+        return self.c(y.reshape(1, *y.shape))
+
+
+@pytest.fixture
+def model() -> Model:
+    model = Model()
+    AdapterRegistry().bind(list(model.named_modules()))
+    for name, config in CONFIGS.items():
+        model.registry.add(name, config)
+    model.registry.activate(["lora", "ia3"])
+    model(np.ones((4, 6), "float32"))  # draws the weights
+    return model
+
+
+def each_failure(call: Callable[[], Any], state: Callable[[], Any], undo: Callable[[], Any] = lambda: None) -> int:
+    """Let allocation 1, 2, … of call() fail until it gets through; the number of failures."""
+    call()  # what is made once and kept
+    undo()
+    gc.collect()
+    before, live = state(), _core._live_allocations()
+    for n in range(1, 2000):
+        _core._fail_allocation(n)
+        try:
+            call()
+        except MemoryError:
+            failed = True
+        else:
+            failed = False
+        finally:
+            reached = _core._allocation_failed()
+            _core._fail_allocation(0)
+        if not reached:
+            assert not failed
+            return n - 1
+        if not failed:
+            undo()  # it could do without
+        assert state() == before
+        if _core._live_allocations() != live:
+            gc.collect()
+        assert _core._live_allocations() == live, f"allocation {n}"
+    raise AssertionError("no end")
+
+
+def contents(registry: AdapterRegistry) -> Any:
+    values = {name: {k: v.tobytes() for k, v in registry.state_dict(name).items()} for name in registry.names()}
+    return registry.names(), registry.active(), registry.enabled, registry.merged(), values
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_add(model: Model, method: str) -> None:
+    r = model.registry
+    assert each_failure(lambda: r.add("new", CONFIGS[method]), lambda: contents(r), lambda: r.remove("new")) > 5
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("source", ["dict", "file"])
+def test_load(model: Model, method: str, source: str, tmp_path: Path) -> None:
+    r, path = model.registry, str(tmp_path / "adapter_model.safetensors")
+    r.save(method, path)
+    tensors = {k: v.astype("float32") for k, v in r.state_dict(method).items()}
+    weights = path if source == "file" else tensors
+    assert each_failure(
+        lambda: r.load("new", CONFIGS[method], weights), lambda: contents(r), lambda: r.remove("new")
+    ) > 5
+
+
+def test_bind(model: Model) -> None:
+    others = [Model() for _ in range(40)]
+    modules = [(f"x{i}{'.' * bool(name)}{name}", m) for i, o in enumerate(others) for name, m in o.named_modules()]
+    failures = 0
+    for n in range(1, 2000):
+        r = AdapterRegistry()
+        _core._fail_allocation(n)
+        try:
+            r.bind(modules)
+        except MemoryError:
+            failures += 1
+        finally:
+            reached = _core._allocation_failed()
+            _core._fail_allocation(0)
+        r.bind(modules)  # goes on where it stopped
+        assert [m._bound_name for _, m in modules] == [name for name, _ in modules]
+        if not reached:
+            break
+    assert failures > 100
+
+
+def test_activate_and_enable(model: Model) -> None:
+    r = model.registry
+    state = lambda: (r.active(), r.enabled)
+    assert each_failure(lambda: r.activate(["dora"]), state, lambda: r.activate(["lora", "ia3"])) == 1
+    assert each_failure(lambda: setattr(r, "enabled", False), state, lambda: setattr(r, "enabled", True)) == 1
+
+
+def test_remove(model: Model) -> None:
+    r = model.registry
+    for n in (1, 2):
+        _core._fail_allocation(n)
+        try:
+            r.remove("lora")
+        except MemoryError:
+            assert n == 1
+            assert r.names() == list(CONFIGS) and r.active() == ["lora", "ia3"]
+        finally:
+            _core._fail_allocation(0)
+    assert r.names() == ["dora", "ia3", "adalora"] and r.active() == ["ia3"]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge(model: Model, safe: bool) -> None:
+    r = model.registry
+    r.activate(["dora", "adalora"])
+    assert each_failure(lambda: r.merge(safe_merge=safe), lambda: contents(r), r.unmerge) > 5
+
+
+def test_unmerge(model: Model) -> None:
+    r = model.registry
+    r.activate(["dora"])
+    r.merge()
+    assert each_failure(r.unmerge, r.merged, r.merge) == 1
+
+
+@pytest.mark.parametrize("active", [[], ["lora"], ["dora"], ["ia3"], ["adalora"], ["lora", "dora", "ia3", "adalora"]])
+def test_forward(model: Model, active: list[str]) -> None:
+    model.registry.activate(active)
+    x = np.ones((4, 6), "float32")
+    want = model(x)
+    each_failure(lambda: model(x), lambda: np.array_equal(model(x), want))
+
+
+def test_state_dict_and_save(model: Model, tmp_path: Path) -> None:
+    r, path = model.registry, tmp_path / "adapter_model.safetensors"
+    assert each_failure(lambda: r.state_dict("lora"), lambda: r.names()) > 0
+    assert each_failure(lambda: r.tensors("lora"), lambda: r.names()) > 0
+    assert each_failure(lambda: r.save("lora", str(path)), lambda: sorted(p.name for p in tmp_path.iterdir())) > 2
+
+
+def test_files(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.safetensors")
+    tensors = {f"t{i}": np.full((i, 3), i, "float32") for i in range(20)}
+    save = lambda: _core.safetensors_save_file(tensors, path, {"format": "pt"})
+    assert each_failure(save, lambda: sorted(p.name for p in tmp_path.iterdir())) > 2
+    assert each_failure(lambda: _core.safetensors_load_file(path), lambda: None) > 2
+    assert each_failure(lambda: _core.safetensors_load(Path(path).read_bytes()), lambda: None) > 2
+    assert each_failure(lambda: _core.safetensors_save(tensors, None), lambda: None) > 0
+    assert each_failure(lambda: _core.config_check(LORA), lambda: None) > 5
+    assert each_failure(lambda: _core.json_canonical(LORA), lambda: None) > 2
+    assert each_failure(lambda: _core.json_loads(LORA), lambda: None) > 2
+    assert each_failure(lambda: _core.pattern_search("(a|b)*c{2,4}", "abcc"), lambda: None) > 2
