@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +34,7 @@ def members(thing: object) -> list[str]:
     return [name for name in vars(thing) if not name.startswith("_")]
 
 
-def signature(name: str, thing: object) -> str:
+def signature(name: str, thing: Callable[..., object]) -> str:
     try:
         text = str(inspect.signature(thing))
     except (TypeError, ValueError):

@@ -4,6 +4,8 @@ Only the C core is loaded here; every other name is imported when it is first us
 little more than `import numpy`.
 """
 
+from typing import TYPE_CHECKING
+
 # Before the core, which would import it too: NumPy's OpenBLAS starts its threads when it is loaded, and that takes
 # tens of milliseconds longer when the core's OpenBLAS has just started its own.
 import numpy as _numpy  # noqa: F401
@@ -17,6 +19,14 @@ except ImportError as error:
 
     _blas.load()
     from ._core import get_num_threads, set_num_threads
+
+if TYPE_CHECKING:  # the names below, as type checkers read them
+    from . import models, nn, safetensors
+    from ._random import manual_seed
+    from ._show import show_config
+    from .config import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
+    from .mixin import PeftAdapterMixin
+    from .weights import load_adapter_weights
 
 __version__ = "0.1.0"
 
@@ -35,19 +45,36 @@ _EXPORTS = {
 }
 _MODULES = ("models", "nn", "safetensors")
 
-__all__ = ["get_num_threads", "set_num_threads", *_EXPORTS, *_MODULES]  # noqa: PLE0604 (keys are strings)
+__all__ = [  # noqa: RUF022  (the order of the documentation)
+    "get_num_threads",
+    "set_num_threads",
+    "PeftAdapterMixin",
+    "PeftConfig",
+    "LoraConfig",
+    "IA3Config",
+    "AdaLoraConfig",
+    "PeftType",
+    "TaskType",
+    "load_adapter_weights",
+    "manual_seed",
+    "show_config",
+    "models",
+    "nn",
+    "safetensors",
+]
 
+if not TYPE_CHECKING:  # type checkers know every name from above, and report others
 
-def __getattr__(name: str) -> object:
-    # Not importlib.import_module: it costs more than the rest of this file.
-    if name in _MODULES:
-        __import__(f"{__name__}.{name}")
-        return globals()[name]
-    if name in _EXPORTS:
-        value = getattr(__import__(f"{__name__}.{_EXPORTS[name]}", fromlist=[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        # Not importlib.import_module: it costs more than the rest of this file.
+        if name in _MODULES:
+            __import__(f"{__name__}.{name}")
+            return globals()[name]
+        if name in _EXPORTS:
+            value = getattr(__import__(f"{__name__}.{_EXPORTS[name]}", fromlist=[name]), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -133,7 +133,7 @@ def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str,
 
 
 def _default(table: Mapping[str, list[str]], field: str, model: Any, host: Host) -> list[str]:
-    model_type = host.model_config(model).get("model_type")
+    model_type: Any = host.model_config(model).get("model_type")
     if model_type not in table:
         raise ValueError(
             f"Please specify `{field}` in `peft_config`: there is no default for a model of type {model_type!r} (there "

@@ -110,7 +110,7 @@ class PeftConfig(_Fields):
 
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None
-    auto_mapping: dict | None = None
+    auto_mapping: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
@@ -342,8 +342,8 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     lora_alpha: int = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
@@ -353,12 +353,12 @@ class LoraConfig(PeftConfig):
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict | None = field(default_factory=dict)
-    alpha_pattern: dict | None = field(default_factory=dict)
-    megatron_config: dict | None = None
+    rank_pattern: dict[str, Any] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, Any] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
     use_dora: bool = False
@@ -387,7 +387,7 @@ class LoraConfig(PeftConfig):
             raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
         self._check_init()
         # PEFT keeps layer types of a user's own here; its LoraModel reads it.
-        self._custom_modules: dict | None = None
+        self._custom_modules: dict[Any, Any] | None = None
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -460,7 +460,7 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     total_step: int | None = None
-    rank_pattern: dict | None = None
+    rank_pattern: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -497,9 +497,9 @@ class IA3Config(PeftConfig):
         ValueError: feedforward_modules is not a subset of target_modules.
     """
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    feedforward_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
@@ -510,8 +510,8 @@ class IA3Config(PeftConfig):
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
         self.feedforward_modules = _as_set(self.feedforward_modules)
-        both = isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set)
-        if both and not self.feedforward_modules <= self.target_modules:
+        inputs, targets = self.feedforward_modules, self.target_modules
+        if isinstance(inputs, set) and isinstance(targets, set) and not inputs <= targets:
             raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
 
 
@@ -556,7 +556,7 @@ def _class_of(peft_type: Any) -> type[PeftConfig]:
     raise KeyError(f"peft_type is {name!r}, which is not a method; known are {known}")
 
 
-def _as_set(value: Any) -> Any:
+def _as_set(value: list[str] | set[str] | str | None) -> set[str] | str | None:
     return set(value) if isinstance(value, list) else value
 
 

@@ -110,11 +110,11 @@ class AdapterFiles:
         self._check_id()
         reason = ""
         for name in names:
-            path, reason = self._from_hub(name)
-            if path is not None:
-                if commit := _COMMIT.search(path):
+            found, reason = self._from_hub(name)
+            if found is not None:
+                if commit := _COMMIT.search(found):
                     self._revision = commit.group(1)
-                return path
+                return found
         raise missing(reason)
 
     def _check_id(self) -> None:

@@ -9,11 +9,19 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
 from . import _prepare
 from ._core import AdapterRegistry
 from ._random import next_seed
+
+if TYPE_CHECKING:
+
+    class torch:
+        """The documented annotation names torch, which peftc does without: an array of any library does."""
+
+        Tensor: TypeAlias = Any
+
 
 _NOT_LOADED = "No adapter loaded. Please load an adapter first."
 _PREFIX = "base_model.model."
@@ -78,7 +86,7 @@ class PeftAdapterMixin:
         offload_folder: Optional[str] = None,
         offload_index: Optional[int] = None,
         peft_config: Optional[dict[str, Any]] = None,
-        adapter_state_dict: Optional[dict[str, "torch.Tensor"]] = None,  # noqa: F821  (the documented annotation)
+        adapter_state_dict: Optional[dict[str, "torch.Tensor"]] = None,
         low_cpu_mem_usage: bool = False,
         is_trainable: bool = False,
         adapter_kwargs: Optional[dict[str, Any]] = None,
@@ -154,7 +162,9 @@ class PeftAdapterMixin:
         origin = peft_model_id if peft_model_id is not None else "state_dict"
         self._attach(attached, name, config, label, source, origin)
 
-    def add_adapter(self, adapter_config, adapter_name: Optional[str] = None) -> None:
+    def add_adapter(  # type: ignore[no-untyped-def]  # as documented
+        self, adapter_config, adapter_name: Optional[str] = None
+    ) -> None:
         """Make a fresh adapter to train, and activate it alone.
 
         Its tensors are initialised as the config says (`init_lora_weights`, …); `peftc.manual_seed` makes the draws
@@ -183,11 +193,11 @@ class PeftAdapterMixin:
 
     def _attachment(self) -> _Attachment:
         """The model's attachment; made when first asked for."""
-        if self._peftc_attachment is None:
-            made = _Attachment(self)
+        attached = self._peftc_attachment
+        if attached is None:
             # One of several threads wins: setdefault of a dict is atomic.
-            self.__dict__.setdefault("_peftc_attachment", made)
-        return self._peftc_attachment  # type: ignore[return-value]
+            attached = self.__dict__.setdefault("_peftc_attachment", _Attachment(self))
+        return attached
 
     def _attach(
         self, attached: _Attachment, name: str, config: Any, label: str, source: Any, origin: Optional[Any]
@@ -244,7 +254,8 @@ class PeftAdapterMixin:
         if missing or unexpected:
             _report_keys(registry, name, origin, missing, unexpected)
         if not adding and config.inference_mode:
-            self.eval()
+            model: Any = self  # the mixin's class is a model, too
+            model.eval()
 
     # ------------------------------------------------------- switching adapters
 
@@ -335,7 +346,11 @@ class PeftAdapterMixin:
 
     # --------------------------------------------------------- state and files
 
-    def get_adapter_state_dict(self, adapter_name: Optional[str] = None, state_dict: Optional[dict] = None) -> dict:
+    def get_adapter_state_dict(
+        self,
+        adapter_name: Optional[str] = None,
+        state_dict: Optional[dict] = None,  # type: ignore[type-arg]  # as documented
+    ) -> dict:  # type: ignore[type-arg]  # as documented
         """The tensors of one adapter under the names that its file has, without the adapter's name.
 
         Args:

@@ -24,7 +24,7 @@ from peftc._core import (
 __all__ = ["SafetensorError", "load", "load_file", "safe_open", "save", "save_file"]
 
 
-def load_file(filename: str | bytes | os.PathLike, *, backend: str = "mmap") -> dict[str, np.ndarray]:
+def load_file(filename: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, backend: str = "mmap") -> dict[str, np.ndarray]:
     """Read every tensor of a file into new, writable arrays, in the order of their data.
 
     `backend` ("mmap" or "pread") is accepted for compatibility; the file is always read with pread and never mapped.
@@ -51,7 +51,7 @@ def load(data: bytes) -> dict[str, np.ndarray]:
 
 def save_file(
     tensor_dict: Mapping[str, np.ndarray],
-    filename: str | bytes | os.PathLike,
+    filename: str | bytes | os.PathLike[str] | os.PathLike[bytes],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write arrays to a file, atomically: whatever happens, `filename` is either the old file or the whole new one.

@@ -36,7 +36,7 @@ class NumpyHost:
         return next((name for name, module in model.named_modules() if module is head), None)
 
     def model_config(self, model: Any) -> dict[str, Any]:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
             config = config.to_dict()
         if isinstance(config, dict):

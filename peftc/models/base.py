@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..mixin import PeftAdapterMixin
 from ..nn import Embedding, LayerNorm, Linear, Module
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PreTrainedModel(PeftAdapterMixin, Module):
@@ -33,7 +36,7 @@ class PreTrainedModel(PeftAdapterMixin, Module):
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
         **overrides: Any,
-    ) -> Any:
+    ) -> Self:
         """The model in a checkpoint folder, in eval mode.
 
         Weights stay where they are: they are mapped read-only from the file and shared between processes. What the
@@ -63,7 +66,7 @@ class PreTrainedModel(PeftAdapterMixin, Module):
         if "num_labels" in overrides:
             config.num_labels = overrides["num_labels"]
         checkpoint = Checkpoint(path)
-        model = cls(config, dtype=dtype or checkpoint.main_dtype())  # type: ignore[call-arg]
+        model = cls(config, dtype=dtype or checkpoint.main_dtype())  # type: ignore[call-arg]  # subclasses take dtype
         load_weights(model, checkpoint, dtype, ignore_mismatched_sizes)
         model.name_or_path = os.fspath(path)
         return model.eval()

@@ -41,7 +41,8 @@ class ModelConfig:
         """Labels of a classifier: as set, or as many as id2label has, or 2."""
         fields = self.__dict__
         if "num_labels" in fields:
-            return fields["num_labels"]
+            count: int = fields["num_labels"]
+            return count
         return len(fields.get("id2label") or (0, 1))
 
     @num_labels.setter

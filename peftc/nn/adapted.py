@@ -32,7 +32,7 @@ class AdapterParameter(Parameter):
     adapter: str
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         registry = self._registry
         return (
             self._learns
@@ -66,7 +66,8 @@ def _parameter(registry: AdapterRegistry, adapter: str, name: str, array: Any, l
 
 
 def _address(array: Any) -> int:
-    return array.__array_interface__["data"][0]
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class _Naming:

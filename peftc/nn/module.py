@@ -10,13 +10,16 @@ While adapters are attached, names of tensors are those that PEFT gives the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .. import _core
 from .._core import Parameter
 from . import adapted
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Module", "ModuleDict", "ModuleList", "Parameter", "Sequential"]
 
@@ -85,7 +88,7 @@ class Module(_core.Module):
 
     def get_submodule(self, target: str) -> Module:
         """The module with this dotted name; "" is this one. AttributeError names the part that is not there."""
-        module: Any = self
+        module: Module = self
         walked = ""
         for part in target.split(".") if target else ():
             child = module.__dict__.get(part)
@@ -147,7 +150,7 @@ class Module(_core.Module):
         """Number of elements of all parameters, or of those that require gradients; shared ones count once."""
         return sum(p.size for p in self.parameters() if p.requires_grad or not only_trainable)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Module:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set requires_grad of every base parameter. Those of adapters follow from what is active."""
         for _, parameter in self._plain_parameters():
             parameter.requires_grad = requires_grad
@@ -158,24 +161,24 @@ class Module(_core.Module):
         for parameter in self.parameters():
             parameter.grad = None
 
-    def apply(self, fn: Callable[[Module], None]) -> Module:
+    def apply(self, fn: Callable[[Module], None]) -> Self:
         """Call fn on every module of the tree, children before parents."""
         for child in self.children():
             child.apply(fn)
         fn(self)
         return self
 
-    def train(self, mode: bool = True) -> Module:
+    def train(self, mode: bool = True) -> Self:
         """Turn dropout on (or off) in the whole tree."""
         for module in self.modules():
             module.training = mode
         return self
 
-    def eval(self) -> Module:
+    def eval(self) -> Self:
         """Turn dropout off in the whole tree."""
         return self.train(False)
 
-    def to(self, dtype: Any) -> Module:
+    def to(self, dtype: Any) -> Self:
         """Store every base parameter in another float dtype ("float32", "float64", "float16", "bfloat16"), in place.
 
         Adapters keep theirs.
@@ -184,19 +187,19 @@ class Module(_core.Module):
             parameter._convert(dtype)
         return self
 
-    def float(self) -> Module:
+    def float(self) -> Self:
         """to("float32")"""
         return self.to("float32")
 
-    def double(self) -> Module:
+    def double(self) -> Self:
         """to("float64")"""
         return self.to("float64")
 
-    def half(self) -> Module:
+    def half(self) -> Self:
         """to("float16")"""
         return self.to("float16")
 
-    def bfloat16(self) -> Module:
+    def bfloat16(self) -> Self:
         """to("bfloat16")"""
         return self.to("bfloat16")
 
@@ -302,14 +305,14 @@ class _Indexed(Module):
     def _modules(self) -> list[Module]:
         return [value for value in self.__dict__.values() if isinstance(value, Module)]
 
-    def append(self, module: Module) -> Any:
+    def append(self, module: Module) -> Self:
         """Add a module at the end; returns the container."""
         if not isinstance(module, Module):
             raise TypeError(f"{type(self).__name__} holds modules, got {type(module).__name__}")
         setattr(self, str(len(self)), module)
         return self
 
-    def extend(self, modules: Iterable[Module]) -> Any:
+    def extend(self, modules: Iterable[Module]) -> Self:
         """Add several modules at the end; returns the container."""
         for module in modules:
             self.append(module)

@@ -357,18 +357,19 @@ done:
     return result;
 }
 
-/* Signatures, defaults and documentation are in peftc/nn/functional.py. */
+/* Defaults and documentation are in peftc/nn/functional.py. */
+#define SIGNATURE(text) text "\n--\n\n"
 static PyMethodDef functions[] = {
-    {"gelu", f_gelu, METH_O, NULL},
-    {"gelu_tanh", f_gelu_tanh, METH_O, NULL},
-    {"relu", f_relu, METH_O, NULL},
-    {"silu", f_silu, METH_O, NULL},
-    {"tanh", f_tanh, METH_O, NULL},
-    {"softmax", f_softmax, METH_O, NULL},
-    {"dropout", f_dropout, METH_VARARGS, NULL},
-    {"layer_norm", f_layer_norm, METH_VARARGS, NULL},
-    {"linear", f_linear, METH_VARARGS, NULL},
-    {"attention", f_attention, METH_VARARGS, NULL},
+    {"gelu", f_gelu, METH_O, SIGNATURE("gelu(x, /)")},
+    {"gelu_tanh", f_gelu_tanh, METH_O, SIGNATURE("gelu_tanh(x, /)")},
+    {"relu", f_relu, METH_O, SIGNATURE("relu(x, /)")},
+    {"silu", f_silu, METH_O, SIGNATURE("silu(x, /)")},
+    {"tanh", f_tanh, METH_O, SIGNATURE("tanh(x, /)")},
+    {"softmax", f_softmax, METH_O, SIGNATURE("softmax(x, /)")},
+    {"dropout", f_dropout, METH_VARARGS, SIGNATURE("dropout(x, p, /)")},
+    {"layer_norm", f_layer_norm, METH_VARARGS, SIGNATURE("layer_norm(x, weight, bias, eps, residual, /)")},
+    {"linear", f_linear, METH_VARARGS, SIGNATURE("linear(x, weight, bias, /)")},
+    {"attention", f_attention, METH_VARARGS, SIGNATURE("attention(q, k, v, num_heads, mask, scale, /)")},
     {NULL, NULL, 0, NULL},
 };
 

@@ -403,9 +403,9 @@ static PyMethodDef embedding_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-#define LAYER_TYPE(lower, Name, members_slot, getset_slot, methods)                                                    \
+#define LAYER_TYPE(lower, Name, arguments, members_slot, getset_slot, methods)                                         \
     static PyType_Slot lower##_slots[] = {                                                                             \
-        {Py_tp_doc, (void *)"The C half of peftc.nn." #Name "."},                                                      \
+        {Py_tp_doc, (void *)(#Name "(" arguments ")\n--\n\nThe C half of peftc.nn." #Name ".")},                       \
         {Py_tp_init, lower##_init},                                                                                    \
         {Py_tp_methods, methods},                                                                                      \
         members_slot getset_slot {0, NULL},                                                                            \
@@ -420,12 +420,22 @@ static PyMethodDef embedding_methods[] = {
 #define GETSET(table) {Py_tp_getset, table},
 #define NOTHING
 
-LAYER_TYPE(linear, Linear, MEMBERS(linear_members), NOTHING, linear_methods);
-LAYER_TYPE(conv1d, Conv1D, MEMBERS(conv1d_members), NOTHING, linear_methods);
-LAYER_TYPE(conv2d, Conv2d, MEMBERS(conv2d_members), GETSET(conv2d_getset), conv2d_methods);
-LAYER_TYPE(embedding, Embedding, MEMBERS(embedding_members), GETSET(embedding_getset), embedding_methods);
-LAYER_TYPE(layernorm, LayerNorm, NOTHING, GETSET(norm_getset), norm_methods);
-LAYER_TYPE(rmsnorm, RMSNorm, NOTHING, GETSET(norm_getset), norm_methods);
+LAYER_TYPE(linear, Linear,
+           "in_features, out_features, bias=True, dtype=None",
+           MEMBERS(linear_members), NOTHING, linear_methods);
+LAYER_TYPE(conv1d, Conv1D, "nf, nx, dtype=None", MEMBERS(conv1d_members), NOTHING, linear_methods);
+LAYER_TYPE(conv2d, Conv2d,
+           "in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, dtype=None",
+           MEMBERS(conv2d_members), GETSET(conv2d_getset), conv2d_methods);
+LAYER_TYPE(embedding, Embedding,
+           "num_embeddings, embedding_dim, padding_idx=None, dtype=None",
+           MEMBERS(embedding_members), GETSET(embedding_getset), embedding_methods);
+LAYER_TYPE(layernorm, LayerNorm,
+           "normalized_shape, eps=1e-05, elementwise_affine=True, bias=True, dtype=None",
+           NOTHING, GETSET(norm_getset), norm_methods);
+LAYER_TYPE(rmsnorm, RMSNorm,
+           "normalized_shape, eps=None, elementwise_affine=True, dtype=None",
+           NOTHING, GETSET(norm_getset), norm_methods);
 
 /* -------------------------------------------------------------- random numbers */
 

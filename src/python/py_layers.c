@@ -301,7 +301,7 @@ static PyMemberDef layer_members[] = {
 };
 
 static PyType_Slot layer_slots[] = {
-    {Py_tp_doc, (void *)"A module with a weight: the base of the layers of peftc.nn."},
+    {Py_tp_doc, (void *)"Layer()\n--\n\nA module with a weight: the base of the layers of peftc.nn."},
     {Py_tp_new, layer_new},
     {Py_tp_init, layer_init},
     {Py_tp_dealloc, layer_dealloc},

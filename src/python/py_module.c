@@ -142,7 +142,7 @@ static int module_set_training(PyObject *op, PyObject *value, void *unused)
 
 static PyMethodDef module_methods[] = {
     {"forward", (PyCFunction)(void (*)(void))module_forward, METH_VARARGS | METH_KEYWORDS,
-     "What a call computes; every subclass defines it."},
+     "forward($self, /, *args, **kwargs)\n--\n\nWhat a call computes; every subclass defines it."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -162,7 +162,7 @@ static PyMemberDef module_members[] = {
 };
 
 static PyType_Slot module_slots[] = {
-    {Py_tp_doc, (void *)"The C base of peftc.nn.Module: the call, and the link to the model's adapters."},
+    {Py_tp_doc, (void *)"Module()\n--\n\nThe C base of peftc.nn.Module: the call, and the link to the model's adapters."},
     {Py_tp_new, module_new},
     {Py_tp_init, module_init},
     {Py_tp_dealloc, module_dealloc},

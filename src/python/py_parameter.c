@@ -591,13 +591,15 @@ static PyObject *parameter_repr(PyObject *op)
 static PyMethodDef parameter_methods[] = {
     {"_from_raw", parameter_from_raw, METH_VARARGS | METH_CLASS, from_raw_doc},
     {"_convert", parameter_convert, METH_O, convert_doc},
-    {"_share", parameter_share, METH_O, "Use the memory and dtype of another parameter of the same shape."},
+    {"_share", parameter_share, METH_O,
+     "_share($self, other, /)\n--\n\nUse the memory and dtype of another parameter of the same shape."},
     {"_fill", parameter_fill, METH_VARARGS, fill_doc},
     {"_copy_from", parameter_copy_from, METH_O, copy_from_doc},
     {"__array__", (PyCFunction)(void (*)(void))peftc_parameter_dunder_array, METH_VARARGS | METH_KEYWORDS,
-     "__array__($self, dtype=None, copy=None)\n--\n\nThe values as an ndarray."},
-    {"__setstate__", parameter_setstate, METH_O, "Undo __reduce__."},
-    {"__reduce__", parameter_reduce, METH_NOARGS, "Values, dtype and requires_grad; gradients are not kept."},
+     "__array__($self, /, dtype=None, copy=None)\n--\n\nThe values as an ndarray."},
+    {"__setstate__", parameter_setstate, METH_O, "__setstate__($self, state, /)\n--\n\nUndo __reduce__."},
+    {"__reduce__", parameter_reduce, METH_NOARGS,
+     "__reduce__($self, /)\n--\n\nValues, dtype and requires_grad; gradients are not kept."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -168,9 +168,9 @@ static void slice_dealloc(safe_slice_object *self)
 
 static PyMethodDef slice_methods[] = {
     {"get_shape", (PyCFunction)(void (*)(void))slice_shape, METH_NOARGS,
-     PyDoc_STR("get_shape()\n--\n\nThe shape of the whole tensor, a list of int.")},
+     PyDoc_STR("get_shape($self, /)\n--\n\nThe shape of the whole tensor, a list of int.")},
     {"get_dtype", (PyCFunction)(void (*)(void))slice_dtype, METH_NOARGS,
-     PyDoc_STR("get_dtype()\n--\n\nThe dtype of the tensor as the file names it, such as 'F32'.")},
+     PyDoc_STR("get_dtype($self, /)\n--\n\nThe dtype of the tensor as the file names it, such as 'F32'.")},
     {NULL, NULL, 0, NULL},
 };
 
@@ -451,20 +451,20 @@ static void open_dealloc(safe_open_object *self)
 #define METHOD(name, function, flags, doc) {name, (PyCFunction)(void (*)(void))function, flags, PyDoc_STR(doc)}
 
 static PyMethodDef open_methods[] = {
-    METHOD("keys", open_keys, METH_NOARGS, "keys()\n--\n\nThe names of the tensors, sorted: list of str."),
+    METHOD("keys", open_keys, METH_NOARGS, "keys($self, /)\n--\n\nThe names of the tensors, sorted: list of str."),
     METHOD("offset_keys", open_offset_keys, METH_NOARGS,
-           "offset_keys()\n--\n\nThe names of the tensors in the order of their data: list of str."),
+           "offset_keys($self, /)\n--\n\nThe names of the tensors in the order of their data: list of str."),
     METHOD("metadata", open_metadata, METH_NOARGS,
-           "metadata()\n--\n\nThe file's __metadata__, a dict of str; None when it has none."),
+           "metadata($self, /)\n--\n\nThe file's __metadata__, a dict of str; None when it has none."),
     METHOD("get_tensor", open_get_tensor, METH_O,
-           "get_tensor(name, /)\n--\n\nRead one tensor as a new array.\n\nRaises SafetensorError when there is none of that name."),
+           "get_tensor($self, name, /)\n--\n\nRead one tensor as a new array.\n\nRaises SafetensorError when there is none of that name."),
     METHOD("get_tensors", open_get_tensors, METH_NOARGS,
-           "get_tensors()\n--\n\nRead all tensors: dict of name -> array, in the order of their data."),
+           "get_tensors($self, /)\n--\n\nRead all tensors: dict of name -> array, in the order of their data."),
     METHOD("get_slice", open_get_slice, METH_O,
-           "get_slice(name, /)\n--\n\nA handle to one tensor that reads only the part that it is indexed with:\n"
+           "get_slice($self, name, /)\n--\n\nA handle to one tensor that reads only the part that it is indexed with:\n"
            "f.get_slice(\"weight\")[:, 8:16]. It stays usable after the with block."),
-    METHOD("__enter__", open_enter, METH_NOARGS, "__enter__()\n--\n\n"),
-    METHOD("__exit__", open_exit, METH_VARARGS, "__exit__(*args)\n--\n\nClose the file."),
+    METHOD("__enter__", open_enter, METH_NOARGS, "__enter__($self, /)\n--\n\nThe file itself."),
+    METHOD("__exit__", open_exit, METH_VARARGS, "__exit__($self, /, *args)\n--\n\nClose the file."),
     {NULL, NULL, 0, NULL},
 };
 
