@@ -41,8 +41,6 @@ static const pc_kernel_table *best(void)
         return &pc_table_avx512;
     if (has_avx2())
         return &pc_table_avx2;
-#elif defined(__aarch64__)
-    return &pc_table_neon; /* every 64-bit ARM has it */
 #endif
     return &pc_table_generic;
 }
@@ -69,9 +67,6 @@ bool pc_kernels_force_isa(const char *name)
         table = &pc_table_avx512;
     if (strcmp(name, "avx2") == 0 && has_avx2())
         table = &pc_table_avx2;
-#elif defined(__aarch64__)
-    if (strcmp(name, "neon") == 0)
-        table = &pc_table_neon;
 #endif
     if (table != NULL)
         atomic_store(&chosen, table);

@@ -26,7 +26,7 @@ void pc_convert(pc_runtime *rt, pc_dtype dst_dtype, void *dst, pc_dtype src_dtyp
 
 typedef enum pc_activation_fn {
     PC_ACT_NONE = 0,
-    PC_ACT_GELU,      /* exact: 0.5 x (1 + erf(x / √2)) */
+    PC_ACT_GELU,      /* exact: 0.5 x (1 + erf(x / √2)); 0 for -∞, where torch's product -∞ · 0 is NaN */
     PC_ACT_GELU_TANH, /* its tanh approximation */
     PC_ACT_RELU,
     PC_ACT_SILU,
@@ -34,7 +34,7 @@ typedef enum pc_activation_fn {
 } pc_activation_fn;
 
 /* y (m,n) = act(x (m,k) · wᵀ + bias), w (n,k) as torch.nn.Linear stores it; bias (n) or NULL,
- * same dtype as w.  Few-row products use a kernel of our own, many-row ones OpenBLAS. */
+ * same dtype as w.  f32 runs on kernels of our own, f64 on OpenBLAS. */
 pc_status pc_linear(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, int64_t k, const void *x, pc_dtype wdt,
                     const void *w, const void *bias, pc_activation_fn act, void *y, pc_error *err);
 
@@ -125,7 +125,7 @@ pc_status pc_qr(pc_dtype dt, int64_t m, int64_t n, void *a, void *q, void *r, pc
 /* Must be called once before any other kernel (idempotent, thread-safe): looks at the CPU, picks the
  * implementations, and puts OpenBLAS on one thread per call (the parallel for is ours). */
 void pc_kernels_init(void);
-/* "avx512", "avx2", "neon" or "generic"; and OpenBLAS's own description. */
+/* "avx512", "avx2" or "generic" (whose vectors of four the compiler maps to NEON on ARM); and OpenBLAS's own description. */
 const char *pc_kernels_isa(void);
 const char *pc_kernels_blas(void);
 

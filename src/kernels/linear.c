@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "../core/memory.h"
-#include "table.h"
+#include "linear.h"
 
 /* Largest copy of x in panels, in floats; more rows go in several rounds. */
 #define SLAB_FLOATS ((int64_t)8 << 20)
@@ -21,6 +21,8 @@
 #define PASS_DEPTH 1024
 /* Multiply-adds that make a piece of work worth another thread. */
 #define GRAIN ((int64_t)96 << 10)
+/* From so many rows on the weight is packed instead of x. */
+#define MANY_ROWS 256
 /* Up to so many columns dots beat transposing x. */
 #define DOT_COLUMNS 16
 
@@ -96,6 +98,8 @@ static pc_status linear_f32(pc_runtime *rt, pc_linear_job *job, pc_error *err)
         pc_parallel_for(rt, (job->n + 3) / 4, grain_of(4 * job->m * job->k), dot_range, &work);
         return PC_OK;
     }
+    if (job->m >= MANY_ROWS)
+        return pc_linear_many(rt, job, err);
     int64_t rows = job->m, widest = (int64_t)table->lanes * table->max_vectors;
     int64_t slab = pc_max(widest, SLAB_FLOATS / pc_max(job->k, 1) / widest * widest);
     int64_t depth = pc_min(job->k, PASS_DEPTH);

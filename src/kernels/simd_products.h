@@ -5,7 +5,10 @@
  * The heart is one tile: out[i][v] (+)= Σ_p a[i][p] · b[p][v], where each a[i][p] is broadcast and b is a panel of a
  * few whole vectors.  For x · wᵀ the *weight* is a, read row by row where it lies (memory-mapped, never copied), and x,
  * which is small, is transposed into panels: the lanes of a vector are rows of x.  Each weight is then read once per
- * panel, and a strip of VW weight rows stays in the first-level cache while the panels pass.
+ * panel, and a strip of VW weight rows stays in the first-level cache while the panels pass.  For many rows (isa_block)
+ * the weight is packed into panels and x is a.
+ *
+ * Stack: at most 72 KB per call (isa_linear); nothing here calls itself.
  */
 
 #define WIDTH(nv) ((nv)*VW)
@@ -139,44 +142,8 @@ static void put_tile(const pc_linear_job *job, const float *tile, int64_t width,
     }
 }
 
-/* Many panels of an f32 weight: a slice of a panel (SLICE deep, in the first-level cache) meets a chunk of weight rows
- * (in the second-level cache) before the next slice comes; sums wait in `room`, as tiles. */
-#define SLICE 160
-#define CHUNK_STRIPS 16
-#define CHUNK_FLOATS ((int64_t)192 << 10)
-#define MANY_PANELS 3
-
-static void linear_many(const pc_linear_job *job, int64_t panel_begin, int64_t panel_end, int64_t begin, int64_t end)
-{
-    ALIGNED float room[CHUNK_STRIPS * VW * WIDTH(MAX_VECTORS)];
-    const pc_panels *panels = job->panels;
-    int64_t k = job->k, chunk = pc_max(1, pc_min(CHUNK_STRIPS, CHUNK_FLOATS / (k * VW)));
-    for (int64_t s0 = begin; s0 < end; s0 += chunk) {
-        int64_t strips = pc_min(chunk, end - s0);
-        const float *w = (const float *)job->w + s0 * VW * k;
-        for (int64_t i = panel_begin; i < panel_end; i++) {
-            int64_t start = pc_panel_start(panels, i), vectors = pc_panel_start(panels, i + 1) - start;
-            int64_t width = vectors * VW;
-            const float *b = panels->data + start * VW * k;
-            for (int64_t k0 = 0; k0 < k; k0 += SLICE)
-                for (int64_t row = 0; row < strips * VW; row += TILE_ROWS)
-                    tiles[vectors - 1](pc_min(SLICE, k - k0), w + row * k + k0, k, b + k0 * width, width, 0,
-                                       room + row * width, width, k0 > 0, VW);
-            for (int64_t s = 0; s < strips; s++)
-                put_tile(job, room + s * VW * width, width, start * VW, (s0 + s) * VW, true, true);
-        }
-    }
-}
-
 static void isa_linear(const pc_linear_job *job, int64_t panel_begin, int64_t panel_end, int64_t begin, int64_t end)
 {
-    if (job->wdt == PC_F32 && panel_end - panel_begin >= MANY_PANELS) {
-        int64_t whole = pc_min(end, job->n / VW); /* a strip cut short by n goes the general way */
-        linear_many(job, panel_begin, panel_end, begin, whole);
-        begin = pc_max(begin, whole);
-        if (begin >= end)
-            return;
-    }
     const pc_panels *panels = job->panels;
     ALIGNED float tile[VW * WIDTH(MAX_VECTORS)];
     ALIGNED float wide[VW * WIDE_STRIDE];
@@ -320,6 +287,58 @@ static void rows_by_panel(int64_t m, int64_t k, const float *a, int64_t lda, con
         single[vectors - 1](k, a + i * lda, lda, b, ldb, 0, c + i * ldc, ldc, accumulate, last);
 }
 
+/* Depth of a panel that stays in the first-level cache beside a few rows of x, and rows whose sums wait on the stack. */
+#define PANEL_SLICE 192
+#define ROOM_ROWS 192
+
+/* y rows ← act(rows of `room` [+ y] [+ bias]). */
+static void leave_room(const pc_block_job *job, int64_t rows, int64_t cols, const float *room, int64_t width,
+                       const float *bias, float *y)
+{
+    for (int64_t r = 0; r < rows; r++, room += width, y += job->ldy)
+        for (int64_t j = 0; j < cols; j += VW) {
+            int64_t left = cols - j;
+            V v = v_load(room + j);
+            if (!job->first)
+                v = v + (left >= VW ? v_load(y + j) : v_loadn(y + j, left));
+            if (job->last) {
+                if (bias != NULL)
+                    v = v + (left >= VW ? v_load(bias + j) : v_loadn(bias + j, left));
+                v = v_act(job->act, v);
+            }
+            if (left >= VW)
+                v_store(y + j, v);
+            else
+                v_storen(y + j, v, left);
+        }
+}
+
+static void isa_block(const pc_block_job *job, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end)
+{
+    ALIGNED float room[ROOM_ROWS * WIDTH(MAX_VECTORS)];
+    const pc_panels *panels = job->panels;
+    int64_t slices = (job->depth + PANEL_SLICE - 1) / PANEL_SLICE, step = (job->depth + slices - 1) / slices;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t start = pc_panel_start(panels, i), vectors = pc_panel_start(panels, i + 1) - start;
+        int64_t width = vectors * VW, col = start * VW, cols = pc_min(width, panels->rows - col);
+        const float *b = panels->data + col * job->depth, *bias = job->bias != NULL ? job->bias + col : NULL;
+        for (int64_t top = row_begin; top < row_end; top += ROOM_ROWS) {
+            int64_t bottom = pc_min(row_end, top + ROOM_ROWS);
+            for (int64_t k0 = 0; k0 < job->depth; k0 += step) {
+                int64_t depth = pc_min(step, job->depth - k0);
+                for (int64_t row = top; row < bottom; row += TILE_ROWS) {
+                    int64_t rows = pc_min(TILE_ROWS, bottom - row);
+                    float *sums = room + (row - top) * width;
+                    rows_by_panel(rows, depth, job->x + row * job->ldx + k0, job->ldx, b + k0 * width, width, vectors,
+                                  sums, width, k0 > 0, VW);
+                    if (k0 + step >= job->depth)
+                        leave_room(job, rows, cols, sums, width, bias, job->y + row * job->ldy + col);
+                }
+            }
+        }
+    }
+}
+
 static void isa_product(const pc_product_job *job, int64_t row_begin, int64_t row_end, int64_t col_begin,
                         int64_t col_end)
 {
@@ -430,6 +449,8 @@ const pc_kernel_table TABLE_NAME = {
     .narrow = isa_narrow,
     .pack = isa_pack,
     .linear = isa_linear,
+    .pack_rows = pack_transposed,
+    .block = isa_block,
     .dot = isa_dot,
     .product = isa_product,
     .head_scratch = isa_head_scratch,

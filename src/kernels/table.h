@@ -66,6 +66,19 @@ typedef struct pc_product_job {
     int64_t ldc;
 } pc_product_job;
 
+/* A slab of y (m, …) = act(x · wᵀ + bias), one pass over a part of the depth, w packed in panels. */
+typedef struct pc_block_job {
+    int64_t m, depth;
+    const float *x;
+    int64_t ldx;
+    const pc_panels *panels; /* the weight: panels->rows is the number of columns of y */
+    bool first, last;        /* pass: y is written, not added to; bias and act are due */
+    const float *bias;       /* of the slab, or NULL */
+    pc_activation_fn act;
+    float *y;
+    int64_t ldy;
+} pc_block_job;
+
 /* One head of attention, f32. */
 typedef struct pc_head_job {
     int64_t tq, tk, dim, stride; /* stride between tokens, in elements */
@@ -88,7 +101,13 @@ typedef struct pc_kernel_table {
     void (*pack)(const pc_panels *p, const float *x, int64_t begin, int64_t end);
     /* Panels [panel_begin, panel_end) × strips of `lanes` weight rows [begin, end). */
     void (*linear)(const pc_linear_job *job, int64_t panel_begin, int64_t panel_end, int64_t begin, int64_t end);
-    /* The same without panels, for few rows or few columns: all of m × weight rows [begin, end). */
+    /* dst (depth, width) ← transposed src: rows of any float dtype from element `at` on, `stride` elements apart;
+     * columns past `rows` become zero.  width is whole vectors. */
+    void (*pack_rows)(pc_dtype dt, const void *src, int64_t at, int64_t stride, int64_t rows, int64_t depth, float *dst,
+                      int64_t width);
+    /* Rows [row_begin, row_end) × panels [begin, end) of a slab. */
+    void (*block)(const pc_block_job *job, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
+    /* The same as linear without panels, for few rows or few columns: all of m × weight rows [begin, end). */
     void (*dot)(const pc_linear_job *job, int64_t begin, int64_t end);
     /* Rows [row_begin, row_end) × columns [col_begin, col_end); col_begin is a multiple of lanes. */
     void (*product)(const pc_product_job *job, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
@@ -101,9 +120,6 @@ extern const pc_row_ops pc_rows_f64;
 #if defined(__x86_64__)
 extern const pc_kernel_table pc_table_avx2;
 extern const pc_kernel_table pc_table_avx512;
-#endif
-#if defined(__aarch64__)
-extern const pc_kernel_table pc_table_neon;
 #endif
 
 /* The table in use; the generic one before pc_kernels_init. */
@@ -134,7 +150,7 @@ static inline void *pc_at_mut(pc_dtype dt, void *base, int64_t i)
 }
 
 #ifdef PC_TEST_HOOKS
-/* Use the named implementation from now on ("avx512", "avx2", "neon", "generic"); false when this CPU lacks it. */
+/* Use the named implementation from now on ("avx512", "avx2", "generic"); false when this CPU lacks it. */
 bool pc_kernels_force_isa(const char *name);
 #endif
 
