@@ -73,8 +73,9 @@ docs: $(READY_BUILD) ## docs/api.md from the docstrings
 	@$(PY) docs/make_api.py
 
 .PHONY: lint types
-lint: types ## ruff, types, the API reference, warnings as errors
+lint: types ## ruff (rules and format), types, the API reference, warnings as errors
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check -q . || { echo "run: ruff format"; exit 1; }
 	@$(PY) docs/make_api.py --check
 	@PEFTC_WERROR=1 $(PY) setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 

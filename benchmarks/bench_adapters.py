@@ -107,7 +107,9 @@ def measure_ours(folder, count):
         "load 2nd": statistics.median(second),
         "load last": statistics.median(last),
         "set_adapter (C)": per_call(lambda: registry.activate(["a1"])),
-        "disable+enable (C)": per_call(lambda: (setattr(registry, "enabled", False), setattr(registry, "enabled", True))),
+        "disable+enable (C)": per_call(
+            lambda: (setattr(registry, "enabled", False), setattr(registry, "enabled", True))
+        ),
         "set_adapter": per_call(lambda: model.set_adapter("a1")),
         "disable_adapters": per_call(model.disable_adapters),
         "disable+enable": per_call(lambda: (model.disable_adapters(), model.enable_adapters())),
@@ -286,7 +288,9 @@ def main():
         report(median_of(ours), median_of(theirs) if theirs else None, options.adapters, options.peft_adapters)
         result = median_of(bigs)
         print(f"\nan adapter of {result['size'] / 1e6:.0f} MB")
-        print(f"  reading the file, page cache   {result['read']:8.1f} ms (into new memory {result['read into new memory']:.1f} ms)")
+        print(
+            f"  reading the file, page cache   {result['read']:8.1f} ms (into new memory {result['read into new memory']:.1f} ms)"
+        )
         print(
             f"  load_adapter                   {result['load']:8.1f} ms: {result['read'] / result['load']:.2f} × the speed "
             f"of reading, {result['read into new memory'] / result['load']:.2f} × that of reading into new memory"

@@ -1,7 +1,7 @@
 """Write docs/api.md, the reference of everything public, from signatures and docstrings.
 
-    python docs/make_api.py            write it
-    python docs/make_api.py --check    exit status 1, with a diff, if it is not up to date
+python docs/make_api.py            write it
+python docs/make_api.py --check    exit status 1, with a diff, if it is not up to date
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def as_markdown(doc: str) -> str:
     lines = doc.split("\n")
     i = 0
     while i < len(lines):
-        section = re.fullmatch(r"(Args|Arguments|Attributes|Returns|Raises|Yields|Fields|Example|Examples):", lines[i].strip())
+        section = re.fullmatch(
+            r"(Args|Arguments|Attributes|Returns|Raises|Yields|Fields|Example|Examples):", lines[i].strip()
+        )
         if section and not lines[i].startswith(" "):
             body: list[str] = []
             i += 1

@@ -60,9 +60,7 @@ def load_torch_bin(path: _FilePath, /) -> dict[str, np.ndarray]:
     """Read the dict of tensors in a file of torch.save, without running anything in it."""
 
 def parse_torch_bin(data: Buffer, /) -> dict[str, np.ndarray]: ...
-def torch_bin_raw(
-    source: str | PathLike[str] | Buffer, /
-) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+def torch_bin_raw(source: str | PathLike[str] | Buffer, /) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Name → (dtype in safetensors' names, shape, bytes in row-major order), from a path or from the content."""
 
 @final
@@ -129,7 +127,6 @@ def config_write(path: str | PathLike[str], text: str | bytes, /) -> None: ...
 def pattern_fullmatch(pattern: str, subject: str, /) -> bool: ...
 def pattern_match_suffix(pattern: str, subject: str, /) -> bool: ...
 def pattern_search(pattern: str, subject: str, /) -> tuple[str | None] | None: ...
-
 def manual_seed(seed: int, /) -> None:
     """Start the generator of fresh weights and dropout; `peftc.manual_seed` calls it."""
 

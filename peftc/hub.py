@@ -178,7 +178,9 @@ class AdapterFiles:
         except errors.RevisionNotFoundError as error:
             raise OSError(f"the repository {where} has no revision {self._revision!r}") from error
         except errors.HFValidationError as error:
-            raise OSError(f"{where} is neither a local folder nor the id of a repository on the Hub: {error}") from error
+            raise OSError(
+                f"{where} is neither a local folder nor the id of a repository on the Hub: {error}"
+            ) from error
         except errors.HfHubHTTPError as error:
             raise OSError(f"{filename} of {where}{revision} cannot be downloaded: {error}") from error
 

@@ -485,9 +485,7 @@ class PeftAdapterMixin:
         """
         attached = self._attached()
         if isinstance(adapter_names, str):
-            raise ValueError(
-                f"adapter_names should be a list of strings, got {adapter_names!r}."
-            )
+            raise ValueError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         registry = attached.registry
         with attached.lock:
             names = registry.active() if adapter_names is None else list(adapter_names)
@@ -547,7 +545,9 @@ def _as_config(value: Any, argument: str) -> Any:
         if value.get("peft_type") is None:
             raise ValueError(f'{argument} is a dict without "peft_type", which says what method it configures')
         return PeftConfig.from_peft_type(**value)
-    raise TypeError(f"{argument} should be an instance of PeftConfig or a dict of its fields. Got {type(value)} instead.")
+    raise TypeError(
+        f"{argument} should be an instance of PeftConfig or a dict of its fields. Got {type(value)} instead."
+    )
 
 
 def _read_config(path: str) -> Any:
@@ -633,8 +633,7 @@ def _stay_active(registry: AdapterRegistry, new: str) -> list[str]:
     return [
         name
         for name in registry.active()
-        if _prepare.FAMILY.get(registry.peft_type(name)) != family
-        and replaced.isdisjoint(registry.saved_modules(name))
+        if _prepare.FAMILY.get(registry.peft_type(name)) != family and replaced.isdisjoint(registry.saved_modules(name))
     ]
 
 

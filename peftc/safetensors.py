@@ -24,7 +24,9 @@ from peftc._core import (
 __all__ = ["SafetensorError", "load", "load_file", "safe_open", "save", "save_file"]
 
 
-def load_file(filename: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, backend: str = "mmap") -> dict[str, np.ndarray]:
+def load_file(
+    filename: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, backend: str = "mmap"
+) -> dict[str, np.ndarray]:
     """Read every tensor of a file into new, writable arrays, in the order of their data.
 
     `backend` ("mmap" or "pread") is accepted for compatibility; the file is always read with pread and never mapped.

@@ -49,7 +49,9 @@ class HubServer:
 
     def env(self, home, **extra):
         """The environment for a client: this server as the Hub, `home` for its cache."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "http", "HTTP", "ALL_", "all_"))}
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "http", "HTTP", "ALL_", "all_"))
+        }
         return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **extra}
 
     def find(self, repo, revision):

@@ -17,7 +17,9 @@ from peftc._core import AdapterRegistry
 pytestmark = pytest.mark.skipif(not _core.build_info()["test_hooks"], reason="needs a build with PEFTC_SANITIZE=1")
 
 LORA = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["a", "c"], "modules_to_save": ["b"], "bias": "all"})
-DORA = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["a", "c"], "use_dora": True, "rank_pattern": {"a": 3}})
+DORA = json.dumps(
+    {"peft_type": "LORA", "r": 2, "target_modules": ["a", "c"], "use_dora": True, "rank_pattern": {"a": 3}}
+)
 IA3 = json.dumps({"peft_type": "IA3", "target_modules": ["a", "c"], "feedforward_modules": ["c"]})
 ADALORA = json.dumps({"peft_type": "ADALORA", "target_modules": "(a|b)", "total_step": 10})
 CONFIGS = {"lora": LORA, "dora": DORA, "ia3": IA3, "adalora": ADALORA}
@@ -94,9 +96,9 @@ def test_load(model: Model, method: str, source: str, tmp_path: Path) -> None:
     r.save(method, path)
     tensors = {k: v.astype("float32") for k, v in r.state_dict(method).items()}
     weights = path if source == "file" else tensors
-    assert each_failure(
-        lambda: r.load("new", CONFIGS[method], weights), lambda: contents(r), lambda: r.remove("new")
-    ) > 5
+    assert (
+        each_failure(lambda: r.load("new", CONFIGS[method], weights), lambda: contents(r), lambda: r.remove("new")) > 5
+    )
 
 
 def test_bind(model: Model) -> None:

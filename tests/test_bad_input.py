@@ -315,7 +315,14 @@ def test_tensor_of_any_memory_layout() -> None:
     frozen = want.copy()
     frozen.flags.writeable = False
     shifted = np.frombuffer(b"\0" + want.tobytes(), "uint8")[1:].view("float32").reshape(4, 16)
-    for value in (want.astype(">f4"), np.asfortranarray(want), np.repeat(want, 2, 1)[:, ::2], frozen, shifted, want[::-1][::-1]):
+    for value in (
+        want.astype(">f4"),
+        np.asfortranarray(want),
+        np.repeat(want, 2, 1)[:, ::2],
+        frozen,
+        shifted,
+        want[::-1][::-1],
+    ):
         assert registry.load("t", lora("a"), {"a.lora_A.weight": value}) == (["a.lora_B.weight"], [])
         assert np.array_equal(registry.state_dict("t")["a.lora_A.weight"], want)
         registry.remove("t")

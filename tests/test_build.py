@@ -20,12 +20,28 @@ pytestmark = [
     pytest.mark.skipif(peftc._core.build_info()["sanitized"], reason="compilers are not run under the sanitizers"),
 ]
 ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(("PEFTC_", "PYTHONPATH"))}
-TREE = ("src", "peftc", "docs", "benchmarks", "tests/c", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+TREE = (
+    "src",
+    "peftc",
+    "docs",
+    "benchmarks",
+    "tests/c",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 
 
 def run(*command: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False, env={**ENVIRON, **environ}
+        [str(word) for word in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**ENVIRON, **environ},
     )
 
 
@@ -96,7 +112,9 @@ def test_source_distribution_is_complete(tree):
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
-@pytest.mark.parametrize("where", [{"PKG_CONFIG_LIBDIR": "/nonexistent", "PKG_CONFIG_PATH": ""}, {"PATH": "/nonexistent"}])
+@pytest.mark.parametrize(
+    "where", [{"PKG_CONFIG_LIBDIR": "/nonexistent", "PKG_CONFIG_PATH": ""}, {"PATH": "/nonexistent"}]
+)
 def test_missing_cjson_is_one_clear_message(tree, where):
     done = run(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "other", cwd=tree, **where)
     assert done.returncode != 0

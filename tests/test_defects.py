@@ -360,9 +360,7 @@ def test_low_cpu_mem_usage_is_a_plain_load(tmp_path):
     state = {k: v.copy() for k, v in made.get_adapter_state_dict().items()}
     state.pop("layers.0.query.lora_A.weight")
     model = net()
-    model.load_adapter(
-        peft_config=lora(inference_mode=True), adapter_state_dict=state, low_cpu_mem_usage=True
-    )
+    model.load_adapter(peft_config=lora(inference_mode=True), adapter_state_dict=state, low_cpu_mem_usage=True)
     for value in state.values():
         value[...] = np.nan
     assert np.isfinite(model(IDS)).all()

@@ -112,7 +112,13 @@ def test_manual_seed(monkeypatch):
     assert [next_seed() for _ in range(100)] == first
     assert len({*first, *other}) == 200
     peftc.manual_seed(-1)
-    for bad, error in ((2**64, ValueError), (-(2**63) - 1, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)):
+    for bad, error in (
+        (2**64, ValueError),
+        (-(2**63) - 1, ValueError),
+        (1.5, TypeError),
+        ("1", TypeError),
+        (True, TypeError),
+    ):
         with pytest.raises(error):
             peftc.manual_seed(bad)
 

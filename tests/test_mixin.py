@@ -265,7 +265,7 @@ def test_config_as_a_dict(model, folder):
     model.load_adapter(peft_config=fields, adapter_state_dict=peftc.load_adapter_weights(folder))
     assert fields == kept
     assert isinstance(model.peft_config["default"], peftc.LoraConfig)
-    with pytest.raises(ValueError, match="without \"peft_type\""):
+    with pytest.raises(ValueError, match='without "peft_type"'):
         model.load_adapter(adapter_name="x", peft_config={"r": 2}, adapter_state_dict={})
     with pytest.raises(TypeError, match="peft_config should be an instance of PeftConfig"):
         model.load_adapter(adapter_name="x", peft_config=3, adapter_state_dict={})
@@ -357,7 +357,12 @@ def test_devices_that_are_not_there(model, folder, device):
 @pytest.mark.parametrize("device", ["auto", "cpu", "cpu:0", None, {"": "cpu"}, "balanced", "sequential"])
 def test_devices_that_mean_the_cpu(model, folder, device):
     model.load_adapter(
-        folder, device_map=device, max_memory={"cpu": "1GB"}, offload_folder="unused", offload_index=0, low_cpu_mem_usage=True
+        folder,
+        device_map=device,
+        max_memory={"cpu": "1GB"},
+        offload_folder="unused",
+        offload_index=0,
+        low_cpu_mem_usage=True,
     )
     assert model.active_adapters() == ["default"]
     assert not Path("unused").exists()
@@ -374,7 +379,9 @@ def test_unexpected_and_missing_keys(model, folder, caplog):
     (record,) = caplog.records
     assert record.name == LOGGER
     unexpected, missing = record.getMessage().split(". Loading")
-    assert unexpected.startswith("Loading adapter weights from state_dict led to unexpected keys not found in the model: ")
+    assert unexpected.startswith(
+        "Loading adapter weights from state_dict led to unexpected keys not found in the model: "
+    )
     assert set(unexpected.partition("model: ")[2].split(", ")) == {"layers.7.query.lora_A.ad.weight", "other"}
     assert missing.startswith(" adapter weights from state_dict led to missing keys in the model: ")
     assert set(missing.partition("model: ")[2].split(", ")) == {

@@ -39,7 +39,9 @@ def parameter_text(parameter):
     text = parameter.name
     if parameter.annotation is not parameter.empty:
         annotation = parameter.annotation
-        text += ": " + (annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("NoneType", "None"))
+        text += ": " + (
+            annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("NoneType", "None")
+        )
         text = text.replace("ForwardRef('torch.Tensor')", "'torch.Tensor'")
     if parameter.default is not parameter.empty:
         text += f" = {parameter.default!r}"

@@ -54,7 +54,8 @@ def results(model, expected):
 def logits(model, expected, domain, batch=60):
     ids, mask = expected[f"{domain}_input_ids"].astype(np.int64), expected[f"{domain}_attention_mask"]
     parts = [
-        np.asarray(model(ids[i : i + batch], attention_mask=mask[i : i + batch]).logits) for i in range(0, len(ids), batch)
+        np.asarray(model(ids[i : i + batch], attention_mask=mask[i : i + batch]).logits)
+        for i in range(0, len(ids), batch)
     ]
     return np.concatenate(parts)
 

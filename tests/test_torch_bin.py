@@ -263,7 +263,10 @@ def test_hand_made_archive():
     """The builder of this file makes good files: what follows fails for its own reason."""
     data = archive(one(tensor()), FOUR)
     assert _core.parse_torch_bin(data)["w"].tolist() == [1, 2, 3, 4]
-    assert _core.parse_torch_bin(archive(one(tensor(shape=(2, 2), stride=(1, 2))), FOUR))["w"].tolist() == [[1, 3], [2, 4]]
+    assert _core.parse_torch_bin(archive(one(tensor(shape=(2, 2), stride=(1, 2))), FOUR))["w"].tolist() == [
+        [1, 3],
+        [2, 4],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -445,7 +448,9 @@ def changed(rng: random.Random, data: bytes) -> bytes:
         elif how == 2 and len(ops) > 3:
             del ops[i]
         elif how == 3:
-            ops[i] = bytes([rng.choice(b"(.NJKMGXTUBC)t]a}esuqrhjcRbQ\x81\x85\x86\x87\x88\x89\x8a\x8f\x90")]) + ops[i][1:]
+            ops[i] = (
+                bytes([rng.choice(b"(.NJKMGXTUBC)t]a}esuqrhjcRbQ\x81\x85\x86\x87\x88\x89\x8a\x8f\x90")]) + ops[i][1:]
+            )
         elif how == 4:
             at = rng.randrange(len(ops[i]))
             ops[i] = ops[i][:at] + bytes([ops[i][at] ^ 1 << rng.randrange(8)]) + ops[i][at + 1 :]
@@ -645,7 +650,9 @@ def test_zip_rules():
     refused(archive(one(tensor()), FOUR, extra={"archive/byteorder": b"middle"}), "byte order 'middle'")
     refused(archive(one(tensor()), {}), "no entry for storage")
     refused(archive(one(tensor()), FOUR).replace(b"archive/version", b"archive/verzion"), "without an entry 'version'")
-    refused(archive(one(tensor()), FOUR).replace(b"archive/data.pkl", b"archive/data.pkX"), "without an entry 'data.pkl'")
+    refused(
+        archive(one(tensor()), FOUR).replace(b"archive/data.pkl", b"archive/data.pkX"), "without an entry 'data.pkl'"
+    )
 
 
 def test_a_comment_is_allowed():
@@ -674,7 +681,9 @@ def test_zip64():
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     data = body + directory + end64 + locator + end
     assert _core.parse_torch_bin(data)["w"].tolist() == [1, 2, 3, 4]
-    refused(body + directory.replace(struct.pack("<HH", 1, 24), struct.pack("<HH", 1, 23)) + end64 + locator + end, "zip64")
+    refused(
+        body + directory.replace(struct.pack("<HH", 1, 24), struct.pack("<HH", 1, 23)) + end64 + locator + end, "zip64"
+    )
     refused(body + directory + end64 + patched(locator, 8, "<Q", 0) + end, "zip64 end record")
     refused(body + directory + end64 + locator + patched(end, 8, "<HH", 2, 2), "contradict")
 
@@ -751,7 +760,9 @@ def test_names():
     refused(save({"state": {0: {"m": t}}}), "not a string")
     refused(save({("a", "b"): t}), "not a string")
     refused(save({"a": [t]}), "other than a dict")
-    refused(archive(pickled(b"}" + text("w") + tensor() + b"s" + text("w") + tensor() + b"s"), FOUR), "'w' occurs twice")
+    refused(
+        archive(pickled(b"}" + text("w") + tensor() + b"s" + text("w") + tensor() + b"s"), FOUR), "'w' occurs twice"
+    )
     refused(archive(one(tensor(shape=(9,)), "a\n\x1b[31m"), FOUR), "outside its storage")
     refused(archive(one(b"]" + tensor() + b"a", "a\n\x1b[31m"), FOUR), r"'a\\x0a\\x1b\[31m'")
 

@@ -33,7 +33,9 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    sys.exit(f"{error}\nThe demo needs more than peftc does. `make demo` installs it; by hand: pip install 'peftc[demo]'")
+    sys.exit(
+        f"{error}\nThe demo needs more than peftc does. `make demo` installs it; by hand: pip install 'peftc[demo]'"
+    )
 
 import peftc
 from peftc._core import build_info
@@ -101,7 +103,11 @@ def as_text(input_ids: np.ndarray, mask: np.ndarray, vocabulary: list[str]) -> s
 def most_disputed(logits: dict[str, np.ndarray], domain: str, sentences: Sentences, texts: list[str]) -> int | None:
     """A short sentence of this domain that only its own adapter gets right, or as nearly so as there is."""
     return min(
-        (i for i, text in enumerate(texts) if 40 <= len(text) <= 100 and text[0].isalpha() and not set(text) & set('@_/#')),
+        (
+            i
+            for i, text in enumerate(texts)
+            if 40 <= len(text) <= 100 and text[0].isalpha() and not set(text) & set("@_/#")
+        ),
         key=lambda i: sum(
             (logits[adapter][i].argmax() == sentences.labels[i]) == (adapter != domain) for adapter in logits
         ),
@@ -249,16 +255,24 @@ def main() -> int:
     took, identical = save_again(model, "movies")
     console.print(
         f"saved [bold]movies[/] again in {took:.1f} ms: "
-        + ("[green]byte for byte the weights file that PEFT wrote[/]" if identical else "[red]not the bytes that PEFT wrote[/]")
+        + (
+            "[green]byte for byte the weights file that PEFT wrote[/]"
+            if identical
+            else "[red]not the bytes that PEFT wrote[/]"
+        )
     )
     foreign = [name for name in FORBIDDEN if name in sys.modules]
     console.print(
-        f"never imported: {', '.join(FORBIDDEN)}" if not foreign else f"[red]imported after all: {', '.join(foreign)}[/]"
+        f"never imported: {', '.join(FORBIDDEN)}"
+        if not foreign
+        else f"[red]imported after all: {', '.join(foreign)}[/]"
     )
     console.print(f"total, from the first line of Python to this one: [bold]{time.perf_counter() - START:.1f} s[/]")
     good = agrees and identical and not foreign
     if not good:
-        console.print("[bold red]This is not what PEFT computes. Please report it with peftc.show_config()'s output.[/]")
+        console.print(
+            "[bold red]This is not what PEFT computes. Please report it with peftc.show_config()'s output.[/]"
+        )
     return 0 if good else 1
 
 

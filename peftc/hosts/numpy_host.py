@@ -63,7 +63,7 @@ class NumpyHost:
                 'their file already, and adapters are kept in memory. Use "cpu"'
             )
         raise ValueError(
-            f'{argument} names {device!r}, but this model runs on NumPy, which has the CPU only. Leave {argument} out or '
+            f"{argument} names {device!r}, but this model runs on NumPy, which has the CPU only. Leave {argument} out or "
             'pass "cpu"; a GPU needs a torch model'
         )
 

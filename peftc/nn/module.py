@@ -94,9 +94,7 @@ class Module(_core.Module):
             child = module.__dict__.get(part)
             if not isinstance(child, Module):
                 where = walked or type(self).__name__
-                raise AttributeError(
-                    f"{where} has no submodule {part!r} (looking for {target!r})"
-                )
+                raise AttributeError(f"{where} has no submodule {part!r} (looking for {target!r})")
             module = child
             walked = f"{walked}.{part}" if walked else part
         return module

@@ -22,7 +22,12 @@ def main(folder: Path) -> None:
         "views": {"t": base.view(4, 6).T, "e": base[:3].expand(2, 3), "s": base[3], "p": torch.nn.Parameter(base[:4])},
         "module": torch.nn.Linear(4, 6).state_dict(),
         "types": {str(d): torch.ones(3, dtype=d) for d in (torch.bfloat16, torch.uint16, torch.bool, torch.int64)},
-        "other": {"a": {"b": base, "n": None}, "x": [1, (2.0, "s")], "o": collections.OrderedDict(k={1}), "t": attributed},
+        "other": {
+            "a": {"b": base, "n": None},
+            "x": [1, (2.0, "s")],
+            "o": collections.OrderedDict(k={1}),
+            "t": attributed,
+        },
     }
     for name, state in states.items():
         for protocol in (2, 4):

@@ -167,7 +167,17 @@ def test_saved_config_is_json_that_peft_reads(tmp_path):
 
 def test_all_linear_and_many_targets_like_peft():
     """What "all-linear" and a long list of names turn into is PEFT's result, which the file keeps."""
-    for fields in ({"target_modules": "all-linear"}, {"target_modules": [f"encoder.layers.{i}.{n}" for i in range(3) for n in ("attn.q_proj", "attn.v_proj", "attn.c_attn", "mlp.up", "mlp.down")] + ["head", "embed", "score", "nothing.a", "nothing.b"]}):
+    for fields in (
+        {"target_modules": "all-linear"},
+        {
+            "target_modules": [
+                f"encoder.layers.{i}.{n}"
+                for i in range(3)
+                for n in ("attn.q_proj", "attn.v_proj", "attn.c_attn", "mlp.up", "mlp.down")
+            ]
+            + ["head", "embed", "score", "nothing.a", "nothing.b"]
+        },
+    ):
         twins = Twins(text_net, 0)
         theirs, ours = peft.LoraConfig(**fields), peftc.LoraConfig(**fields)
         peft.inject_adapter_in_model(theirs, twins.theirs)

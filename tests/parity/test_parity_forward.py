@@ -29,7 +29,9 @@ def lora_fields(rng):
         "lora_dropout": rng.choice([0.0, 0.1]),
     }
     if rng.random() < 0.3:
-        fields["rank_pattern"] = rng.choice([{"q_proj": 3}, {"layers.1.attn.q_proj": 5, "q_proj": 2}, {"^down": 2, "up": 6}])
+        fields["rank_pattern"] = rng.choice(
+            [{"q_proj": 3}, {"layers.1.attn.q_proj": 5, "q_proj": 2}, {"^down": 2, "up": 6}]
+        )
     if rng.random() < 0.3:
         fields["alpha_pattern"] = rng.choice([{"v_proj": 5}, {r"layers\.\d\.mlp\.up": 7}])
     linear_only = isinstance(fields["target_modules"], list) and not {"embed", "c_attn"} & set(fields["target_modules"])
@@ -99,7 +101,10 @@ def test_trained_biases(bias, seed):
 
 def ia3_fields(rng):
     targets = rng.choice([["v_proj", "down"], ["q_proj", "up", "down"], ["c_attn", "v_proj"], LINEARS])
-    fields = {"target_modules": targets, "feedforward_modules": [t for t in targets if t in ("down", "up") and rng.random() < 0.7]}
+    fields = {
+        "target_modules": targets,
+        "feedforward_modules": [t for t in targets if t in ("down", "up") and rng.random() < 0.7],
+    }
     if rng.random() < 0.3:
         fields["modules_to_save"] = ["head"]
     return fields
@@ -140,9 +145,17 @@ def test_adalora(seed):
 @pytest.mark.parametrize("seed", range(24))
 def test_conv2d(seed):
     rng = random.Random(seed)
-    shape = {"kernel": rng.choice([1, 3, (3, 2)]), "stride": rng.choice([1, 2, (1, 2)]), "padding": rng.choice([0, 1, (1, 0)])}
+    shape = {
+        "kernel": rng.choice([1, 3, (3, 2)]),
+        "stride": rng.choice([1, 2, (1, 2)]),
+        "padding": rng.choice([0, 1, (1, 0)]),
+    }
     twins = Twins(image_net, seed, dtype=rng.choice(["float32", "float64"]), **shape)
-    fields = {"r": rng.choice([1, 2, 4]), "lora_alpha": 5, "target_modules": rng.choice([["first"], ["first", "second"]])}
+    fields = {
+        "r": rng.choice([1, 2, 4]),
+        "lora_alpha": 5,
+        "target_modules": rng.choice([["first"], ["first", "second"]]),
+    }
     fields["use_dora"] = rng.random() < 0.4
     if not fields["use_dora"] and rng.random() < 0.3:
         fields["lora_bias"] = True
@@ -189,7 +202,10 @@ def test_methods_mixed_on_one_model(seed):
     """LoRA and AdaLora share a family in PEFT; IA3 wraps on its own: on different layers the order plays no part."""
     rng = random.Random(seed)
     twins = Twins(text_net, seed)
-    order = [("LORA", "first", {"r": 3, "target_modules": ["q_proj"]}), ("IA3", "second", {"target_modules": ["up"], "feedforward_modules": []})]
+    order = [
+        ("LORA", "first", {"r": 3, "target_modules": ["q_proj"]}),
+        ("IA3", "second", {"target_modules": ["up"], "feedforward_modules": []}),
+    ]
     rng.shuffle(order)
     for method, name, fields in order:
         twins.add(method, name, **fields)

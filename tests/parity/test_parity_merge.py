@@ -18,7 +18,9 @@ def merge_theirs(twins, names=None):
 @pytest.mark.parametrize("seed", range(40))
 def test_merge(seed):
     rng = random.Random(seed)
-    method, make = [("LORA", lora_fields), ("LORA", lora_fields), ("IA3", ia3_fields), ("ADALORA", adalora_fields)][seed % 4]
+    method, make = [("LORA", lora_fields), ("LORA", lora_fields), ("IA3", ia3_fields), ("ADALORA", adalora_fields)][
+        seed % 4
+    ]
     fields = make(rng)
     dtype = rng.choice(["float32", "float64"])
     twins = Twins(text_net, seed, dtype=dtype)
