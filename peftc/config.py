@@ -83,6 +83,7 @@ class _Fields:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
+        # Here and below: subclasses are dataclasses, this class is none.
         values = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
         return f"{type(self).__qualname__}({values})"
 

@@ -73,4 +73,4 @@ class ModelConfig:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelConfig) and self.__dict__ == other.__dict__
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # mutable

@@ -32,7 +32,7 @@ class _Layer(Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        type(self)._native.__init__(self, **state["constructor"])  # type: ignore[misc]
+        type(self)._native.__init__(self, **state["constructor"])  # type: ignore[misc]  # a layer type
         for name, parameter in state["parameters"].items():
             if parameter is not None or getattr(self, name) is not None:
                 setattr(self, name, parameter)
