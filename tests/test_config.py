@@ -391,8 +391,11 @@ def test_methods_without_code_are_refused():
 
 def test_configs_are_ordinary_objects(tmp_path):
     config = peftc.LoraConfig(target_modules=["q", "v"], rank_pattern={"q": 2})
-    for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert other == config and repr(other) == repr(config)
+    single = peftc.LoraConfig(target_modules=["q"], rank_pattern={"q": 2})
+    for again in (copy.copy, copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))):
+        assert again(config) == config
+        # Only one target: a set rebuilt by pickle may list colliding names in another order.
+        assert again(single) == single and repr(again(single)) == repr(single)
     config.r = 4
     assert config != peftc.LoraConfig(target_modules=["q", "v"], rank_pattern={"q": 2})
     assert config != object() and peftc.IA3Config() != peftc.LoraConfig()
