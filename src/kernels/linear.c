@@ -1,12 +1,18 @@
 /* Products with a stored weight: linear layers and low-rank updates.
  *
- * f32 activations run on kernels of our own (simd_products.h), whatever the number of rows: they read a row-major
- * weight where it lies, widen f16 and bf16 a strip at a time, and apply bias and activation while the result is
- * in registers.  f64 goes through OpenBLAS.
+ * f32 activations run on kernels of our own (simd_products.h), in one of three ways.  Few rows: dots, which read the
+ * weight where it lies.  More: x is transposed into panels and the weight still read where it lies, f16 and bf16
+ * widened a strip at a time.  From MANY_ROWS on: the weight is packed (linear_many.c).  f64 goes through OpenBLAS.
  *
- * Measured on one AVX-512 core (Sapphire Rapids), GFLOP/s with weights from the last-level cache, (n, k) = (1536, 384):
- * dots of 4 × 4 reach 53 at 4 rows and 75 at 8, where panels reach 29 and 49; from 16 rows on panels win (94 against
- * 80 and OpenBLAS's 46), and stay ahead of OpenBLAS up to 1,024 rows.  Half a vector of rows is where they cross.
+ * Measured on one AVX-512 core (Sapphire Rapids, shared with other work; best of 40 alternating runs of CPU time),
+ * GFLOP/s.  (n, k) = (1536, 384): dots of 4 × 4 reach 53 at 4 rows and 75 at 8, panels of x 29 and 49; from 16 rows on
+ * panels win (94 against 80), so half a vector of rows is where they cross.  Panels of x against a packed weight:
+ *
+ *     (n, k)         64 rows     192         256         1024
+ *     384,  384      92, 84      108, 103    105, 107    98,  113
+ *     1536, 384      100, 81     146, 131    142, 134    113, 132
+ *     384,  1536     122, 107    104, 104    135, 140    113, 135
+ *     4096, 4096     102, 79     124, 105    129, 121    126, 132
  */
 #include <string.h>
 
@@ -21,7 +27,7 @@
 #define PASS_DEPTH 1024
 /* Multiply-adds that make a piece of work worth another thread. */
 #define GRAIN ((int64_t)96 << 10)
-/* From so many rows on the weight is packed instead of x. */
+/* From so many rows on the weight is packed instead of x: about where the two cross, see above. */
 #define MANY_ROWS 256
 /* Up to so many columns dots beat transposing x. */
 #define DOT_COLUMNS 16

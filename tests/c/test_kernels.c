@@ -95,6 +95,35 @@ TEST(linear)
     }
 }
 
+TEST(many_rows)
+{ /* enough of them that the weight is packed: several passes over the depth, copied rows, several slabs, odd edges */
+    static const int64_t shapes[][3] = {{256, 17, 17}, {263, 49, 130}, {300, 33, 800}, {257, 20, 2048}, {700, 50, 1}};
+    pc_error err;
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        for (int t = s < 2 ? 0 : 3; t < 4; t++) { /* all dtypes for the small ones */
+            int64_t m = shapes[s][0], n = shapes[s][1], k = shapes[s][2];
+            pc_dtype wdt = all_dtypes[s < 2 ? t : below(4)];
+            pc_activation_fn act = (pc_activation_fn)below(6);
+            void *x = buffer(PC_F32, m * k), *w = buffer(wdt, n * k), *bias = t % 2 ? buffer(wdt, n) : NULL;
+            void *y = buffer(PC_F32, m * n), *z = buffer(PC_F32, m * n), *want = buffer(PC_F32, m * n);
+            ref_product(PC_F32, false, true, m, n, k, 1.0, PC_F32, x, k, wdt, w, k, 0.0, wdt, bias, act, want, n);
+            CHECK_STATUS(pc_linear(rt, PC_F32, m, n, k, x, wdt, w, bias, act, y, &err), PC_OK);
+            CHECK_STATUS(pc_linear(NULL, PC_F32, m, n, k, x, wdt, w, bias, act, z, &err), PC_OK);
+            CHECK(distance(PC_F32, y, want, m * n) <= tolerance(PC_F32, k));
+            CHECK(memcmp(y, z, (size_t)(m * n) * sizeof(float)) == 0);
+            free(x), free(w), free(bias), free(y), free(z), free(want);
+        }
+    int64_t m = 256, n = 1120, k = 700; /* two slabs */
+    void *x = buffer(PC_F32, m * k), *w = buffer(PC_F32, n * k), *y = buffer(PC_F32, m * n), *want = buffer(PC_F32, m * n);
+    CHECK_STATUS(pc_linear(rt, PC_F32, m, n, k, x, PC_F32, w, NULL, PC_ACT_NONE, y, &err), PC_OK);
+    CHECK_STATUS(pc_gemm(NULL, PC_F32, false, true, m, n, k, 1.0, x, k, w, k, 0.0, want, n, &err), PC_OK);
+    CHECK(distance(PC_F32, y, want, m * n) <= tolerance(PC_F32, k));
+    pc_test_fail_allocation(1);
+    CHECK_STATUS(pc_linear(rt, PC_F32, m, n, k, x, PC_F32, w, NULL, PC_ACT_NONE, y, &err), PC_ERR_NOMEM);
+    pc_test_fail_allocation(0);
+    free(x), free(w), free(y), free(want);
+}
+
 TEST(infinite_weights)
 { /* a weight that is not finite reaches its own column in every row, and no padding leaks */
     pc_error err;
@@ -475,6 +504,7 @@ int main(void)
             continue;
         CHECK(strcmp(pc_kernels_isa(), isas[i]) == 0);
         RUN(linear);
+        RUN(many_rows);
         RUN(infinite_weights);
         RUN(threads_agree);
         RUN(lowrank);
