@@ -97,8 +97,7 @@ def check_against(config: Any, others: Mapping[str, Any]) -> None:
                 f"bias={others[biased[0]].bias!r} already; set bias='none' or delete that adapter first"
             )
     if method == "ADALORA" and not config.inference_mode:
-        trainable = [name for name, other in others.items() if FAMILY.get(method_of(other)) == "lora"]
-        trainable = [name for name in trainable if not others[name].inference_mode]
+        trainable = [name for name, other in others.items() if not other.inference_mode]
         if trainable:
             raise ValueError(
                 f"AdaLora allows one trainable adapter on a model, and adapter {trainable[0]} is trainable already; set "

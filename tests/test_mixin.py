@@ -114,8 +114,9 @@ def test_refused_add_leaves_the_config_alone(model):
     assert list(model.peft_config) == ["first"]
 
 
-def test_second_trainable_adapter_beside_adalora(model):
-    model.add_adapter(lora(), "first")
+@pytest.mark.parametrize("first", [lora, ia3])
+def test_second_trainable_adapter_beside_adalora(model, first):
+    model.add_adapter(first(), "first")
     with pytest.raises(ValueError, match="AdaLora allows one trainable adapter"):
         model.add_adapter(adalora(), "second")
     model.add_adapter(adalora(inference_mode=True), "second")
