@@ -138,7 +138,7 @@ class PeftConfig(_Fields):
         Raises:
             TypeError: a value that JSON cannot hold.
         """
-        return _dump(_listed(self.to_dict()))
+        return to_file_text(self.to_dict())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into a folder, which is made if need be. The same bytes as PEFT's; atomic.
@@ -154,10 +154,10 @@ class PeftConfig(_Fields):
         """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
-        values = _listed(self.to_dict())
+        values = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
-        text = _dump(values)
+        text = to_file_text(values)
         os.makedirs(save_directory, exist_ok=True)
         _core.config_write(os.path.join(save_directory, CONFIG_NAME), text)
 
@@ -561,8 +561,9 @@ def _as_set(value: list[str] | set[str] | str | None) -> set[str] | str | None:
     return set(value) if isinstance(value, list) else value
 
 
-def _listed(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, set) else value for key, value in values.items()}
+def to_file_text(values: dict[str, Any]) -> str:
+    """A config's fields as adapter_config.json holds them: sorted keys, two spaces, sets as lists."""
+    return _dump({key: list(value) if isinstance(value, set) else value for key, value in values.items()})
 
 
 def _dump(values: dict[str, Any], indent: int | None = 2) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
-from . import _prepare
+from . import _core, _prepare
 from ._core import AdapterRegistry
 from ._random import next_seed
 
@@ -249,7 +249,7 @@ class PeftAdapterMixin:
             host.adapters_changed(self, registry)
             host.activation_changed(self, registry)
             if merged:
-                _unmerge(registry, merged, f"adapter {name} was activated", 4)
+                _warn_unmerged(merged, f"adapter {name} was activated", 4)
 
         if missing or unexpected:
             _report_keys(registry, name, origin, missing, unexpected)
@@ -290,7 +290,7 @@ class PeftAdapterMixin:
         for name in names:
             registry.set_trainable(name, True)
         if merged:
-            _unmerge(registry, merged, "adapters were set", 3)
+            _warn_unmerged(merged, "adapters were set", 3)
         attached.host.activation_changed(self, registry)
 
     def disable_adapters(self) -> None:
@@ -447,7 +447,7 @@ class PeftAdapterMixin:
             registry = attached.registry
             merged = registry.merged()
             if any(name in names for name in merged):
-                _unmerge(registry, merged, "one of them was deleted", 3)
+                _warn_unmerged(merged, "one of them was deleted", 3)
             had_active = registry.active()
             for name in dict.fromkeys(names):
                 registry.remove(name)
@@ -511,10 +511,8 @@ class PeftAdapterMixin:
             attached.host.activation_changed(self, attached.registry)
 
 
-def _unmerge(registry: AdapterRegistry, merged: list[str], why: str, stacklevel: int) -> None:
-    """Merged weights stand for what was active when they were made; they go when that changes."""
-    if registry.merged():
-        registry.unmerge()
+def _warn_unmerged(merged: list[str], why: str, stacklevel: int) -> None:
+    """Merged weights stand for what was active when they were made: the core takes them back when that changes."""
     warnings.warn(f"{', '.join(merged)} was merged and is unmerged now, as {why}", stacklevel=stacklevel)
 
 
@@ -570,29 +568,9 @@ def _as_json(config: Any, settled: dict[str, Any]) -> str:
 
 def _write_config(config: Any, path: str) -> None:
     """adapter_config.json as PEFT's `save_pretrained` writes it, atomically."""
-    import json
-    import tempfile
+    from .config import to_file_text
 
-    fields = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    fields["inference_mode"] = True
-    text = json.dumps(fields, indent=2, sort_keys=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".adapter_config-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    _core.config_write(path, to_file_text({**config.to_dict(), "inference_mode": True}))
 
 
 # ------------------------------------------------------------------- weights

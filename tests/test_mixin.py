@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import resource
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from small_models import IDS, Net, adalora, ia3, lora, net, shake, snapshot, trainable
 
 import peftc
+from peftc import _core
 
 LOGGER = "transformers.integrations.peft"
 
@@ -740,11 +742,18 @@ def test_failed_save_leaves_the_old_files(model, folder, monkeypatch):
     shake(model, "default")
     old = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
-    def fail(*args):
-        raise OSError("disk full")
+    write = _core.config_write
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    def on_a_full_disk(*args):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(_core, "config_write", on_a_full_disk)
+    with pytest.raises(OSError, match=r"adapter_config\.json.*File too large"):
         model.save_adapter(folder)
     monkeypatch.undo()
     assert sorted(os.listdir(folder)) == sorted(old)

@@ -216,6 +216,19 @@ static pc_status read_selector(pc_config_reader *reader, const char *name, const
     }
 }
 
+/* The name of an object's member, which C strings can hold. */
+static pc_status read_member_name(pc_config_reader *reader, const char *field, const pc_json_value *member,
+                                  pc_string *out)
+{
+    const char *key = pc_json_name(member);
+    if (key == NULL)
+        return pc_fail(reader->err, PC_ERR_VALUE, "%s: %s has a name with NUL or a lone surrogate",
+                       reader->config->label, field);
+    out->len = strlen(key);
+    out->text = pc_pool_strndup(&reader->config->pool, key, out->len);
+    return out->text != NULL ? PC_OK : no_memory(reader);
+}
+
 static pc_status read_numbers(pc_config_reader *reader, const char *name, const pc_json_value *value,
                               pc_number_patterns *out)
 {
@@ -229,16 +242,10 @@ static pc_status read_numbers(pc_config_reader *reader, const char *name, const 
         return no_memory(reader);
     out->items = items;
     for (const pc_json_value *member = pc_json_first(value); member != NULL; member = pc_json_next(member)) {
-        const char *key = pc_json_name(member);
-        if (key == NULL)
-            return pc_fail(reader->err, PC_ERR_VALUE, "%s: %s has a name with NUL or a lone surrogate",
-                           reader->config->label, name);
         pc_number_pattern *item = &items[out->count];
-        item->text.len = strlen(key);
-        item->text.text = pc_pool_strndup(&reader->config->pool, key, item->text.len);
-        if (item->text.text == NULL)
-            return no_memory(reader);
-        pc_status status = read_pattern(reader, name, key, item->text.len, &item->regex);
+        pc_status status = read_member_name(reader, name, member, &item->text);
+        if (status == PC_OK)
+            status = read_pattern(reader, name, item->text.text, item->text.len, &item->regex);
         if (status != PC_OK)
             return status;
         out->count++; /* from here on the item is released with the config */
@@ -248,7 +255,7 @@ static pc_status read_numbers(pc_config_reader *reader, const char *name, const 
         if (status != PC_OK)
             return pc_fail(reader->err, status, "%s: %s: %s", reader->config->label, name, why.text);
         pc_error field; /* its text is cut at a whole character */
-        pc_fail(&field, PC_ERR_VALUE, "%s[\"%s\"]", name, key);
+        pc_fail(&field, PC_ERR_VALUE, "%s[\"%s\"]", name, item->text.text);
         if ((status = read_double(reader, field.text, member, &item->value)) != PC_OK)
             return status;
         if (strcmp(name, "rank_pattern") == 0 && (item->value < 1 || item->value != floor(item->value)))
@@ -291,16 +298,10 @@ static pc_status read_masks(pc_config_reader *reader, const char *name, const pc
         return no_memory(reader);
     out->items = items;
     for (const pc_json_value *member = pc_json_first(value); member != NULL; member = pc_json_next(member)) {
-        const char *key = pc_json_name(member);
-        if (key == NULL)
-            return pc_fail(reader->err, PC_ERR_VALUE, "%s: %s has a name with NUL or a lone surrogate",
-                           reader->config->label, name);
         pc_mask *item = &items[out->count++];
-        item->name.len = strlen(key);
-        item->name.text = pc_pool_strndup(&reader->config->pool, key, item->name.len);
-        if (item->name.text == NULL)
-            return no_memory(reader);
-        pc_status status = read_mask(reader, name, member, item);
+        pc_status status = read_member_name(reader, name, member, &item->name);
+        if (status == PC_OK)
+            status = read_mask(reader, name, member, item);
         if (status != PC_OK)
             return status;
     }

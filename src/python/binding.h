@@ -14,6 +14,7 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include "../core/config.h"
 #include "../core/parallel.h"
 #include "../core/status.h"
 
@@ -44,6 +45,9 @@ static inline peftc_state *peftc_state_of_type(PyTypeObject *type)
 
 /* Raise *err as the right exception type; always returns NULL. */
 PyObject *peftc_raise(peftc_state *state, const pc_error *err);
+
+/* A config in JSON, checked against the fields of every method that peftc has.  Needs no GIL. */
+pc_status peftc_parse_config(const char *text, Py_ssize_t len, const char *label, pc_config **out, pc_error *err);
 
 /* Each binding file adds its functions and types here; 0 on success, -1 with an exception. */
 int peftc_add_safetensors(PyObject *module, peftc_state *state);

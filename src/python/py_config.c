@@ -8,7 +8,7 @@
 #include "../formats/json_tree.h"
 #include "../methods/methods.h"
 
-#define MAX_METHODS 32
+#define MAX_METHODS 64
 
 /* ----------------------------------------------------------------- patterns */
 
@@ -231,6 +231,15 @@ static PyObject *json_canonical(PyObject *module, PyObject *args, PyObject *kwar
     return str;
 }
 
+pc_status peftc_parse_config(const char *text, Py_ssize_t len, const char *label, pc_config **out, pc_error *err)
+{
+    const pc_schema *schemas[MAX_METHODS];
+    size_t count = pc_method_count < MAX_METHODS ? pc_method_count : MAX_METHODS;
+    for (size_t i = 0; i < count; i++)
+        schemas[i] = &pc_methods[i]->schema;
+    return pc_config_parse(text, (size_t)len, label, schemas, count, out, err);
+}
+
 PyDoc_STRVAR(config_check_doc,
              "config_check(text, label='config')\n--\n\n"
              "Check an adapter config in JSON as strictly as the core does before it makes an adapter of it.\n\n"
@@ -243,15 +252,11 @@ static PyObject *config_check(PyObject *module, PyObject *args, PyObject *kwargs
     Py_ssize_t len;
     if (!text_and_label(args, kwargs, "s#|s:config_check", &text, &len, &label))
         return NULL;
-    const pc_schema *schemas[MAX_METHODS];
-    size_t count = pc_method_count < MAX_METHODS ? pc_method_count : MAX_METHODS;
-    for (size_t i = 0; i < count; i++)
-        schemas[i] = &pc_methods[i]->schema;
     pc_error err;
     pc_config *config;
     pc_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = pc_config_parse(text, (size_t)len, label, schemas, count, &config, &err);
+    status = peftc_parse_config(text, len, label, &config, &err);
     Py_END_ALLOW_THREADS
     if (status != PC_OK)
         return peftc_raise(peftc_get_state(module), &err);

@@ -1,21 +1,9 @@
 /* AdapterRegistry: new adapters, fresh or from weights. */
 #include "py_registry.h"
 
-#include "../formats/adapter_config.h"
 #include "../formats/safetensors.h"
 #include "../formats/torch_bin.h"
 #include "array_weights.h"
-
-#define MOST_METHODS 64
-
-static pc_status parse_config(const char *text, Py_ssize_t len, const char *label, pc_config **out, pc_error *err)
-{
-    const pc_schema *schemas[MOST_METHODS];
-    size_t count = pc_method_count < MOST_METHODS ? pc_method_count : MOST_METHODS;
-    for (size_t i = 0; i < count; i++)
-        schemas[i] = &pc_methods[i]->schema;
-    return pc_config_parse(text, (size_t)len, label, schemas, count, out, err);
-}
 
 typedef struct new_adapter {
     const char *name;
@@ -33,7 +21,7 @@ static pc_status make_adapter(registry_object *self, peftc_state *state, const n
 {
     pc_config *config = NULL;
     pc_adapter *adapter = NULL;
-    pc_status status = parse_config(request->config, request->config_len, request->label, &config, err);
+    pc_status status = peftc_parse_config(request->config, request->config_len, request->label, &config, err);
     if (status != PC_OK)
         return status;
     status = pc_adapter_build(self->core, request->name, (size_t)request->name_len, config, &adapter, err);

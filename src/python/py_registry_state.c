@@ -56,78 +56,83 @@ static PyObject *tensor_name(registry_object *self, const pc_adapter *adapter, c
     return PyUnicode_DecodeUTF8(name.text, (Py_ssize_t)name.len, "strict");
 }
 
+/* What a walk over an adapter's tensors adds one to; 0, or -1 with an exception. */
+typedef struct walk {
+    registry_object *self;
+    peftc_state *state;
+    const pc_adapter *adapter;
+    PyObject *owner; /* of the arrays' memory */
+    pc_pool pool;    /* names */
+} walk;
+typedef int (*add_fn)(walk *w, const pc_tensor *tensor, PyObject *result);
+
+/* `result` (stolen, may be NULL) after `add` saw every tensor of the adapter called `arg`. */
+static PyObject *walk_tensors(PyObject *op, PyObject *arg, PyObject *result, add_fn add)
+{
+    walk w = {.self = (registry_object *)op};
+    pc_adapter *adapter = result != NULL ? registry_find_adapter(w.self, arg) : NULL;
+    if (adapter == NULL) {
+        Py_XDECREF(result);
+        return NULL;
+    }
+    pc_adapter_retain(adapter);
+    w.adapter = adapter;
+    w.state = registry_state(w.self);
+    w.owner = registry_arena(w.state, adapter->arena);
+    pc_pool_init(&w.pool);
+    if (w.owner == NULL)
+        Py_CLEAR(result);
+    for (size_t i = 0; result != NULL && i < adapter->tensor_count; i++)
+        if (add(&w, &adapter->tensors[i], result) < 0)
+            Py_CLEAR(result);
+    Py_XDECREF(w.owner);
+    pc_pool_free(&w.pool);
+    pc_adapter_release(adapter);
+    return result;
+}
+
+static int add_row(walk *w, const pc_tensor *tensor, PyObject *list)
+{
+    PyObject *key = tensor_name(w->self, w->adapter, tensor, false, &w->pool);
+    PyObject *name = key != NULL ? tensor_name(w->self, w->adapter, tensor, true, &w->pool) : NULL;
+    PyObject *array = name != NULL ? tensor_array(w->state, w->adapter, tensor, w->owner) : NULL;
+    const pc_module *module = &pc_registry_modules(w->self->core)->items[tensor->module];
+    PyObject *row = array != NULL ? Py_BuildValue("(OOOOOs)", key, name, array,
+                                                  tensor->in_state_dict ? Py_True : Py_False,
+                                                  tensor->trainable ? Py_True : Py_False, module->name)
+                                  : NULL;
+    int status = row != NULL ? PyList_Append(list, row) : -1;
+    Py_XDECREF(row);
+    Py_XDECREF(array);
+    Py_XDECREF(name);
+    Py_XDECREF(key);
+    return status;
+}
+
 const char registry_tensors_doc[] =
     "tensors($self, name, /)\n--\n\n"
-             "All tensors of an adapter as tuples (state-dict key, name in the model, array, in the state dict?, "
-             "trainable?, module's dotted name). The arrays are views of the arena and keep it alive.";
+    "All tensors of an adapter as tuples (state-dict key, name in the model, array, in the state dict?, "
+    "trainable?, module's dotted name). The arrays are views of the arena and keep it alive.";
 
-PyObject *registry_tensors(PyObject *op, PyObject *arg)
+PyObject *registry_tensors(PyObject *op, PyObject *arg) { return walk_tensors(op, arg, PyList_New(0), add_row); }
+
+static int add_item(walk *w, const pc_tensor *tensor, PyObject *dict)
 {
-    registry_object *self = (registry_object *)op;
-    peftc_state *state = registry_state(self);
-    pc_adapter *adapter = registry_find_adapter(self, arg);
-    if (adapter == NULL)
-        return NULL;
-    pc_adapter_retain(adapter);
-    pc_pool pool;
-    pc_pool_init(&pool);
-    PyObject *owner = registry_arena(state, adapter->arena);
-    PyObject *list = owner != NULL ? PyList_New(0) : NULL;
-    for (size_t i = 0; list != NULL && i < adapter->tensor_count; i++) {
-        const pc_tensor *tensor = &adapter->tensors[i];
-        PyObject *key = tensor_name(self, adapter, tensor, false, &pool);
-        PyObject *name = key != NULL ? tensor_name(self, adapter, tensor, true, &pool) : NULL;
-        PyObject *array = name != NULL ? tensor_array(state, adapter, tensor, owner) : NULL;
-        const pc_module *module = &pc_registry_modules(self->core)->items[tensor->module];
-        PyObject *row = array != NULL ? Py_BuildValue("(OOOOOs)", key, name, array,
-                                                      tensor->in_state_dict ? Py_True : Py_False,
-                                                      tensor->trainable ? Py_True : Py_False, module->name)
-                                      : NULL;
-        if (row == NULL || PyList_Append(list, row) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(row);
-        Py_XDECREF(array);
-        Py_XDECREF(name);
-        Py_XDECREF(key);
-    }
-    Py_XDECREF(owner);
-    pc_pool_free(&pool);
-    pc_adapter_release(adapter);
-    return list;
+    if (!tensor->in_state_dict)
+        return 0;
+    PyObject *key = tensor_name(w->self, w->adapter, tensor, false, &w->pool);
+    PyObject *array = key != NULL ? tensor_array(w->state, w->adapter, tensor, w->owner) : NULL;
+    int status = array != NULL ? PyDict_SetItem(dict, key, array) : -1;
+    Py_XDECREF(array);
+    Py_XDECREF(key);
+    return status;
 }
 
 const char registry_state_dict_doc[] =
     "state_dict($self, name, /)\n--\n\n"
-             "An adapter's state dict: PEFT's keys without the adapter's name -> views of the arena.";
+    "An adapter's state dict: PEFT's keys without the adapter's name -> views of the arena.";
 
-PyObject *registry_state_dict(PyObject *op, PyObject *arg)
-{
-    registry_object *self = (registry_object *)op;
-    peftc_state *state = registry_state(self);
-    pc_adapter *adapter = registry_find_adapter(self, arg);
-    if (adapter == NULL)
-        return NULL;
-    pc_adapter_retain(adapter);
-    pc_pool pool;
-    pc_pool_init(&pool);
-    PyObject *owner = registry_arena(state, adapter->arena);
-    PyObject *dict = owner != NULL ? PyDict_New() : NULL;
-    for (size_t i = 0; dict != NULL && i < adapter->tensor_count; i++) {
-        const pc_tensor *tensor = &adapter->tensors[i];
-        if (!tensor->in_state_dict)
-            continue;
-        PyObject *key = tensor_name(self, adapter, tensor, false, &pool);
-        PyObject *array = key != NULL ? tensor_array(state, adapter, tensor, owner) : NULL;
-        if (array == NULL || PyDict_SetItem(dict, key, array) < 0)
-            Py_CLEAR(dict);
-        Py_XDECREF(array);
-        Py_XDECREF(key);
-    }
-    Py_XDECREF(owner);
-    pc_pool_free(&pool);
-    pc_adapter_release(adapter);
-    return dict;
-}
+PyObject *registry_state_dict(PyObject *op, PyObject *arg) { return walk_tensors(op, arg, PyDict_New(), add_item); }
 
 /* Dotted names of the modules whose slot satisfies one flag. */
 static PyObject *modules_where(registry_object *self, PyObject *arg, bool replaced)
