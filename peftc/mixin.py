@@ -296,17 +296,25 @@ class PeftAdapterMixin:
     def disable_adapters(self) -> None:
         """Run the base model alone, as if no adapter were there; which ones are active is remembered. Constant time.
 
-        Modules and biases that an adapter replaces are the base model's again too.
+        Modules and biases that an adapter replaces are the base model's again too. The adapters' parameters stop being
+        trainable; those of an adapter that is set, added or loaded for training from now on are, although they have no
+        effect before `enable_adapters`.
 
         Raises:
             ValueError: no adapter is loaded.
         """
         attached = self._attached()
-        attached.registry.enabled = False
-        attached.host.activation_changed(self, attached.registry)
+        registry = attached.registry
+        registry.enabled = False
+        for name in registry.active():
+            registry.set_trainable(name, False)
+        attached.host.activation_changed(self, registry)
 
     def enable_adapters(self) -> None:
-        """Let the active adapters apply again. Constant time. Raises ValueError when no adapter is loaded."""
+        """Let the active adapters apply again, and make them trainable. Constant time.
+
+        Raises ValueError when no adapter is loaded.
+        """
         attached = self._attached()
         registry = attached.registry
         registry.enabled = True

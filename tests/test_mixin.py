@@ -554,10 +554,40 @@ def test_gradients_follow_set_enable_disable(model):
     assert who() == ["a", "b"]
     model.disable_adapters()
     assert who() == []
-    model.set_adapter("a")
-    assert who() == [] and model.active_adapters() == ["a"]
+    base = model(IDS)
+    model.set_adapter("a")  # says what is to be trained, and has no effect yet
+    assert who() == ["a"] and model.active_adapters() == ["a"]
+    np.testing.assert_array_equal(model(IDS), base)
+    model.disable_adapters()
+    assert who() == []
     model.enable_adapters()
     assert who() == ["a"]
+
+
+def test_gradients_of_what_comes_while_disabled(model, folder):
+    """Added, loaded for training, or left when the active one is deleted: marked as trainable, and off."""
+    base = model(IDS)
+    model.add_adapter(lora(), "a")
+    model.disable_adapters()
+
+    def who():
+        np.testing.assert_array_equal(model(IDS), base)
+        return sorted({name.split(".")[-2] for name in trainable(model)})
+
+    assert who() == []
+    model.add_adapter(lora(), "b")
+    assert who() == ["b"]
+    model.load_adapter(folder, "c")
+    assert who() == []
+    model.load_adapter(folder, "d", is_trainable=True)
+    assert who() == ["d"]
+    with pytest.warns(UserWarning, match="active adapter to a"):
+        model.delete_adapter("d")
+    assert who() == ["a"]
+    model.set_adapter(["a", "b"])
+    model.disable_adapters()
+    model.delete_adapter("a")
+    assert who() == []
 
 
 def test_disable_and_enable(model, folder):

@@ -416,6 +416,35 @@ def test_adapter_parameters(tmp_path):
     assert not any("lora" in n for n, _ in ours.named_parameters())
 
 
+def test_requires_grad_while_disabled(tmp_path):
+    """disable freezes; what is set after that is marked as trainable and has no effect yet, as in the reference."""
+    ours, theirs = pair(tmp_path, {"target_modules": ["query"]})
+    base = ours.state_dict()
+
+    def flags(model):
+        return {n: p.requires_grad for n, p in model.named_parameters() if "lora" in n}
+
+    for call, expected in (
+        (lambda model: model.disable_adapters(), False),
+        (lambda model: model.set_adapter("first"), True),
+        (lambda model: model.disable_adapters(), False),
+        (lambda model: model.enable_adapters(), True),
+    ):
+        call(ours)
+        call(theirs)
+        assert flags(ours) == flags(theirs)
+        assert set(flags(ours).values()) == {expected}
+    name = next(n for n in base if "lora_B" in n)
+    base[name][:] = 1
+    ours.disable_adapters()
+    before = ours(IDS, MASK).logits
+    ours.set_adapter("first")
+    assert np.array_equal(ours(IDS, MASK).logits, before)
+    assert f"requires_grad={flags(ours)[name]}" in repr(ours.get_parameter(name)) and flags(ours)[name]
+    ours.enable_adapters()
+    assert not np.array_equal(ours(IDS, MASK).logits, before)
+
+
 def test_copying_with_adapters_is_refused(tmp_path):
     ours, _ = pair(tmp_path, {"target_modules": ["query"]})
     for how in (copy.deepcopy, pickle.dumps):

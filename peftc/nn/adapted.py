@@ -20,8 +20,9 @@ class AdapterParameter(Parameter):
     """A tensor of an adapter, a view of the adapter's memory.
 
     Attributes:
-        requires_grad: whether a training step would change it now: the tensor is one that is trained, its adapter is
-            trainable and active, and adapters are enabled. It cannot be set; `set_adapter` and the like decide.
+        requires_grad: whether it is to be trained: the tensor is one that is, and its adapter is trainable and active.
+            It cannot be set; `set_adapter` and the like decide. `disable_adapters` makes it false; what is set, added
+            or loaded for training after that has it true, although it has no effect before `enable_adapters`.
         adapter: the adapter's name.
     """
 
@@ -36,7 +37,6 @@ class AdapterParameter(Parameter):
         registry = self._registry
         return (
             self._learns
-            and registry.enabled
             and self.adapter in registry.active()
             and self.adapter in registry
             and registry.trainable(self.adapter)
@@ -46,7 +46,7 @@ class AdapterParameter(Parameter):
     def requires_grad(self, value: bool) -> None:
         raise AttributeError(
             f"requires_grad of a tensor of adapter {self.adapter!r} follows from the adapter: it is true while the adapter is "
-            "trainable, active and enabled (set_adapter, enable_adapters, load_adapter(is_trainable=True))"
+            "trainable and active (set_adapter, enable_adapters, load_adapter(is_trainable=True))"
         )
 
 

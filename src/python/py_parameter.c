@@ -580,8 +580,10 @@ static PyObject *parameter_repr(PyObject *op)
     PyObject *array = peftc_parameter_array(cast(op));
     if (array == NULL)
         return NULL;
-    PyObject *text = PyUnicode_FromFormat("Parameter containing:\n%R, requires_grad=%s", array,
-                                          cast(op)->requires_grad ? "True" : "False");
+    PyObject *learns = PyObject_GetAttrString(op, "requires_grad"); /* a subclass may compute it */
+    PyObject *text =
+        learns != NULL ? PyUnicode_FromFormat("Parameter containing:\n%R, requires_grad=%R", array, learns) : NULL;
+    Py_XDECREF(learns);
     Py_DECREF(array);
     return text;
 }

@@ -87,8 +87,12 @@ class Reference:
                 parameter.requires_grad = flag
 
     def delete(self, names, heirs):
-        """Difference: saved heads go as well, and if nothing is left active, all layers agree on who is next."""
+        """Difference: saved heads go as well, if nothing is left active, all layers agree on who is next, and whoever
+        stays active keeps its flags (the reference sets them anew on the layers of what was deleted, disabled or not)."""
+        flags = [(p, p.requires_grad) for p in self.tensors().values()]
         self.model.delete_adapter(names)
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
         names = [names] if isinstance(names, str) else names
         for module in self.wrappers():  # difference: a name that is used again is not DoRA again
             for name in names:
@@ -367,10 +371,8 @@ class Lockstep:
             mine = {path: p for path, p in ours.named_parameters() if set(names) & set(path.split("."))}
             assert set(mine) == set(tensors), log
             for path, parameter in mine.items():
-                if not reference.enabled:  # difference: also of those that were set or added while disabled
-                    assert not parameter.requires_grad, (path, log)
-                elif "modules_to_save" not in path:  # difference: saved heads are frozen and thawed with the rest
-                    assert parameter.requires_grad == tensors[path].requires_grad, (path, log)
+                if "modules_to_save" not in path:  # difference: saved heads are frozen and thawed with the rest
+                    assert parameter.requires_grad == tensors[path].requires_grad, (path, "\n".join(log))
         with torch.no_grad():
             expected = reference.model(torch.from_numpy(self.ids))
         for theirs, mine in zip(expected, ours(self.ids), strict=True):
