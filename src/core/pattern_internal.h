@@ -1,7 +1,7 @@
 /* What the files of the pattern engine share: the syntax tree, the program
  * that it becomes, and what is known about characters.
  *
- *   pattern_parse.c   text → tree, by the rules of Python's re (3.11)
+ *   pattern_parse.c   text → tree, by the rules of Python's re (3.11); its parts in pattern_parser.h
  *   pattern.c         tree → program, the fast path, the public calls
  *   pattern_match.c   runs a program: backtracking on a stack of its own
  *   pattern_chars.c, pattern_tables.c   classes and case
