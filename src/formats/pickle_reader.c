@@ -1,187 +1,18 @@
-#include "pickle_reader.h"
-
 #include <stdio.h>
 #include <string.h>
 
 #include "../core/utf8.h"
+#include "pickle_internal.h"
+#include "pickle_opcodes.h"
 
-/* ------------------------------------------------------------------ opcodes */
-
-enum {
-    OP_MARK = '(',
-    OP_STOP = '.',
-    OP_NONE = 'N',
-    OP_TRUE = 0x88,
-    OP_FALSE = 0x89,
-    OP_BININT = 'J',
-    OP_BININT1 = 'K',
-    OP_BININT2 = 'M',
-    OP_LONG1 = 0x8A,
-    OP_LONG4 = 0x8B,
-    OP_BINFLOAT = 'G',
-    OP_BINUNICODE = 'X',
-    OP_SHORT_BINUNICODE = 0x8C,
-    OP_BINUNICODE8 = 0x8D,
-    OP_BINSTRING = 'T',
-    OP_SHORT_BINSTRING = 'U',
-    OP_BINBYTES = 'B',
-    OP_SHORT_BINBYTES = 'C',
-    OP_BINBYTES8 = 0x8E,
-    OP_BYTEARRAY8 = 0x96,
-    OP_EMPTY_TUPLE = ')',
-    OP_TUPLE = 't',
-    OP_TUPLE1 = 0x85,
-    OP_TUPLE2 = 0x86,
-    OP_TUPLE3 = 0x87,
-    OP_EMPTY_LIST = ']',
-    OP_APPEND = 'a',
-    OP_APPENDS = 'e',
-    OP_EMPTY_DICT = '}',
-    OP_SETITEM = 's',
-    OP_SETITEMS = 'u',
-    OP_EMPTY_SET = 0x8F,
-    OP_ADDITEMS = 0x90,
-    OP_BINPUT = 'q',
-    OP_LONG_BINPUT = 'r',
-    OP_MEMOIZE = 0x94,
-    OP_BINGET = 'h',
-    OP_LONG_BINGET = 'j',
-    OP_GLOBAL = 'c',
-    OP_STACK_GLOBAL = 0x93,
-    OP_REDUCE = 'R',
-    OP_NEWOBJ = 0x81,
-    OP_BUILD = 'b',
-    OP_BINPERSID = 'Q',
-    OP_PROTO = 0x80,
-    OP_FRAME = 0x95,
-    OP_INST = 'i'
-};
-
-/* Opcodes that exist but have no place in a file of weights: what a message calls them. */
-static const struct {
-    uint8_t op;
-    const char *name;
-} refused_ops[] = {
-    {'0', "POP"},           {'1', "POP_MARK"},         {'2', "DUP"},
-    {'I', "INT"},           {'L', "LONG"},             {'F', "FLOAT"},
-    {'S', "STRING"},        {'V', "UNICODE"},          {'d', "DICT"},
-    {'l', "LIST"},          {'g', "GET"},              {'p', "PUT"},
-    {'P', "PERSID"},        {'o', "OBJ"},              {0x82, "EXT1"},
-    {0x83, "EXT2"},         {0x84, "EXT4"},            {0x91, "FROZENSET"},
-    {0x92, "NEWOBJ_EX"},    {0x97, "NEXT_BUFFER"},     {0x98, "READONLY_BUFFER"},
-};
-#define REFUSED_OPS (sizeof refused_ops / sizeof refused_ops[0])
-
-/* ------------------------------------------------------------------- errors */
-
-pc_status pc_pickle_bad(const pc_pickle *pickle, pc_error *err, const char *fmt, ...)
-{
-    char why[700];
-    va_list args;
-    va_start(args, fmt);
-    if (vsnprintf(why, sizeof why, fmt, args) < 0)
-        why[0] = '\0';
-    va_end(args);
-    return pc_fail(err, PC_ERR_UNPICKLE, "%s: byte %zu of the pickle: %s", pickle->label, pickle->op, why);
-}
-
-const char *pc_pickle_kind_name(const pc_pickle_object *object)
-{
-    switch ((pc_pickle_kind)object->kind) {
-    case PC_PICKLE_NONE:
-        return "None";
-    case PC_PICKLE_BOOL:
-        return "a bool";
-    case PC_PICKLE_INT:
-    case PC_PICKLE_BIG_INT:
-        return "an int";
-    case PC_PICKLE_FLOAT:
-        return "a float";
-    case PC_PICKLE_TEXT:
-        return "a str";
-    case PC_PICKLE_BYTES:
-        return "bytes";
-    case PC_PICKLE_TUPLE:
-        return "a tuple";
-    case PC_PICKLE_LIST:
-        return "a list";
-    case PC_PICKLE_SET:
-        return "a set";
-    case PC_PICKLE_DICT:
-        return "a dict";
-    case PC_PICKLE_GLOBAL:
-        return "a function or type";
-    case PC_PICKLE_STORAGE:
-        return "a storage";
-    case PC_PICKLE_TENSOR:
-        return "a tensor";
-    case PC_PICKLE_OPAQUE:
-        break;
-    }
-    return "another value";
-}
-
-/* ------------------------------------------------------------------- memory */
-
-/* Room for `need` items of `size` bytes in the growing array *array, at most `limit`. The array comes and goes
- * as void *, because a pointer to a typed pointer may not be used as a void **. */
-static pc_status make_room(const pc_pickle *pickle, void **array, size_t *room, size_t need, size_t size, size_t limit,
-                           const char *what, pc_error *err)
-{
-    if (need > limit)
-        return pc_pickle_bad(pickle, err, "more than %zu %s", limit, what);
-    size_t bigger = *room < 512 ? 1024 : *room * 2;
-    if (bigger < need)
-        bigger = need;
-    if (bigger > limit)
-        bigger = limit;
-    void *moved = pc_realloc(*array, bigger * size); /* limits are far below SIZE_MAX / size */
-    if (moved == NULL)
-        return pc_fail_nomem(err, "the objects of a pickle");
-    *array = moved;
-    *room = bigger;
-    return PC_OK;
-}
-
-pc_status pc_pickle_new(pc_pickle *pickle, pc_pickle_kind kind, pc_pickle_ref *ref, pc_error *err)
-{
-    if (pickle->object_count == pickle->object_room) {
-        void *array = pickle->objects;
-        pc_status status = make_room(pickle, &array, &pickle->object_room, pickle->object_count + 1,
-                                     sizeof *pickle->objects, PC_PICKLE_MAX_OBJECTS, "objects", err);
-        if (status != PC_OK)
-            return status;
-        pickle->objects = array;
-    }
-    pickle->objects[pickle->object_count] = (pc_pickle_object){.kind = (uint8_t)kind};
-    *ref = (pc_pickle_ref)pickle->object_count++;
-    return PC_OK;
-}
-
-pc_status pc_pickle_add_tensor(pc_pickle *pickle, const pc_pickle_tensor *tensor, pc_pickle_ref *ref, pc_error *err)
-{
-    if (pickle->tensor_count == pickle->tensor_room) {
-        void *array = pickle->tensors;
-        pc_status status = make_room(pickle, &array, &pickle->tensor_room, pickle->tensor_count + 1,
-                                     sizeof *pickle->tensors, PC_PICKLE_MAX_TENSORS, "tensors", err);
-        if (status != PC_OK)
-            return status;
-        pickle->tensors = array;
-    }
-    pc_status status = pc_pickle_new(pickle, PC_PICKLE_TENSOR, ref, err);
-    if (status != PC_OK)
-        return status;
-    pickle->objects[*ref].as.number = (int64_t)pickle->tensor_count;
-    pickle->tensors[pickle->tensor_count++] = *tensor;
-    return PC_OK;
-}
+/* -------------------------------------------------------------------- stack */
 
 static pc_status push(pc_pickle *pickle, pc_pickle_ref ref, pc_error *err)
 {
     if (pickle->stack_count == pickle->stack_room) {
         void *array = pickle->stack;
-        pc_status status = make_room(pickle, &array, &pickle->stack_room, pickle->stack_count + 1,
-                                     sizeof *pickle->stack, PC_PICKLE_MAX_STACK, "values on the stack", err);
+        pc_status status = pc_pickle_make_room(pickle, &array, &pickle->stack_room, pickle->stack_count + 1,
+                                               sizeof *pickle->stack, PC_PICKLE_MAX_STACK, "values on the stack", err);
         if (status != PC_OK)
             return status;
         pickle->stack = array;
@@ -210,66 +41,6 @@ static pc_status require(const pc_pickle *pickle, size_t count, pc_error *err)
     return PC_OK;
 }
 
-static pc_pickle_object *object_of(const pc_pickle *pickle, pc_pickle_ref ref) { return &pickle->objects[ref]; }
-
-static pc_status spend_references(pc_pickle *pickle, size_t count, pc_error *err)
-{
-    if (count > PC_PICKLE_MAX_REFERENCES - pickle->references)
-        return pc_pickle_bad(pickle, err, "more than %zu items in all containers", PC_PICKLE_MAX_REFERENCES);
-    pickle->references += count;
-    return PC_OK;
-}
-
-/* A container is one deeper than the deepest of its items. */
-static pc_status note_depth(pc_pickle *pickle, pc_pickle_ref container, const pc_pickle_ref *items, size_t count,
-                            pc_error *err)
-{
-    unsigned depth = object_of(pickle, container)->depth;
-    for (size_t i = 0; i < count; i++) {
-        unsigned inside = object_of(pickle, items[i])->depth + 1u;
-        depth = inside > depth ? inside : depth;
-    }
-    if (depth > PC_PICKLE_MAX_DEPTH)
-        return pc_pickle_bad(pickle, err, "containers are nested more than %d deep", PC_PICKLE_MAX_DEPTH);
-    object_of(pickle, container)->depth = (uint16_t)depth;
-    return PC_OK;
-}
-
-const pc_pickle_ref *pc_pickle_items(const pc_pickle_object *object)
-{
-    if (object->count == 0)
-        return object->as.few;
-    if (object->kind == PC_PICKLE_TUPLE)
-        return object->count <= 2 ? object->as.few : object->as.items;
-    return object->as.items + 1;
-}
-
-pc_status pc_pickle_extend(pc_pickle *pickle, pc_pickle_ref container, const pc_pickle_ref *items, size_t count,
-                           pc_error *err)
-{
-    pc_status status = spend_references(pickle, count, err);
-    if (status == PC_OK)
-        status = note_depth(pickle, container, items, count, err);
-    if (status != PC_OK || count == 0)
-        return status;
-    pc_pickle_object *object = object_of(pickle, container);
-    size_t have = object->count;
-    size_t room = have != 0 ? object->as.items[0] : 0;
-    if (have + count > room) {
-        size_t bigger = room * 2 > have + count ? room * 2 : have + count + 1;
-        pc_pickle_ref *moved = pc_pool_array(&pickle->pool, bigger + 1, sizeof *moved);
-        if (moved == NULL)
-            return pc_fail_nomem(err, "the objects of a pickle");
-        moved[0] = (pc_pickle_ref)bigger;
-        if (have != 0)
-            memcpy(moved + 1, object->as.items + 1, have * sizeof *moved);
-        object->as.items = moved;
-    }
-    memcpy(object->as.items + 1 + have, items, count * sizeof *items);
-    object->count = (uint32_t)(have + count); /* references are limited far below 2^32 */
-    return PC_OK;
-}
-
 /* Replace the top `count` values by a tuple of them. */
 static pc_status make_tuple(pc_pickle *pickle, size_t count, pc_error *err)
 {
@@ -277,14 +48,14 @@ static pc_status make_tuple(pc_pickle *pickle, size_t count, pc_error *err)
         return push(pickle, PC_PICKLE_REF_EMPTY, err);
     pc_pickle_ref ref;
     const pc_pickle_ref *items = pickle->stack + (pickle->stack_count - count);
-    pc_status status = spend_references(pickle, count, err);
+    pc_status status = pc_pickle_spend(pickle, count, err);
     if (status == PC_OK)
         status = pc_pickle_new(pickle, PC_PICKLE_TUPLE, &ref, err);
     if (status == PC_OK)
-        status = note_depth(pickle, ref, items, count, err);
+        status = pc_pickle_note_depth(pickle, ref, items, count, err);
     if (status != PC_OK)
         return status;
-    pc_pickle_object *tuple = object_of(pickle, ref);
+    pc_pickle_object *tuple = pc_pickle_at(pickle, ref);
     pc_pickle_ref *to = tuple->as.few;
     if (count > 2) {
         to = pc_pool_array(&pickle->pool, count, sizeof *to);
@@ -370,7 +141,7 @@ static pc_status push_bytes(pc_pickle *pickle, pc_pickle_kind kind, size_t width
     status = push_new(pickle, kind, err);
     if (status != PC_OK)
         return status;
-    pc_pickle_object *object = object_of(pickle, (pc_pickle_ref)(pickle->object_count - 1));
+    pc_pickle_object *object = pc_pickle_at(pickle, (pc_pickle_ref)(pickle->object_count - 1));
     object->as.offset = pickle->at;
     object->count = (uint32_t)len;
     pickle->at += (size_t)len;
@@ -383,7 +154,7 @@ static pc_status push_int(pc_pickle *pickle, int64_t value, pc_error *err)
         return push(pickle, (pc_pickle_ref)(PC_PICKLE_REF_INTS + value), err);
     pc_status status = push_new(pickle, PC_PICKLE_INT, err);
     if (status == PC_OK)
-        object_of(pickle, (pc_pickle_ref)(pickle->object_count - 1))->as.number = value;
+        pc_pickle_at(pickle, (pc_pickle_ref)(pickle->object_count - 1))->as.number = value;
     return status;
 }
 
@@ -394,7 +165,7 @@ static pc_status push_long(pc_pickle *pickle, size_t width, pc_error *err)
     pc_status status = push_bytes(pickle, PC_PICKLE_BIG_INT, width, err);
     if (status != PC_OK)
         return status;
-    pc_pickle_object *object = object_of(pickle, (pc_pickle_ref)before);
+    pc_pickle_object *object = pc_pickle_at(pickle, (pc_pickle_ref)before);
     size_t len = object->count;
     const uint8_t *p = pickle->input->bytes + object->as.offset;
     /* A last byte that only repeats the sign says nothing. */
@@ -428,26 +199,20 @@ static pc_status fill(pc_pickle *pickle, size_t count, pc_pickle_kind kind, pc_e
         return status;
     const pc_pickle_ref *items = pickle->stack + (pickle->stack_count - count);
     pc_pickle_ref container = items[-1];
-    if (object_of(pickle, container)->kind != kind)
-        return pc_pickle_bad(pickle, err, "cannot add items to %s", pc_pickle_kind_name(object_of(pickle, container)));
+    if (pc_pickle_at(pickle, container)->kind != kind)
+        return pc_pickle_bad(pickle, err, "cannot add items to %s",
+                             pc_pickle_kind_name(pc_pickle_at(pickle, container)));
     if (kind == PC_PICKLE_DICT) {
         if (count % 2 != 0)
             return pc_pickle_bad(pickle, err, "a dict gets a key without a value");
         for (size_t i = 0; i < count; i += 2)
-            if (!pc_pickle_hashable(object_of(pickle, items[i])))
+            if (!pc_pickle_hashable(pc_pickle_at(pickle, items[i])))
                 return pc_pickle_bad(pickle, err, "%s cannot be a key of a dict",
-                                     pc_pickle_kind_name(object_of(pickle, items[i])));
+                                     pc_pickle_kind_name(pc_pickle_at(pickle, items[i])));
     }
     status = pc_pickle_extend(pickle, container, items, count, err);
     pickle->stack_count -= count;
     return status;
-}
-
-bool pc_pickle_hashable(const pc_pickle_object *object)
-{
-    /* A tuple is taken as it is: keys are never hashed or compared here, so what it holds does not matter. */
-    return object->kind != PC_PICKLE_LIST && object->kind != PC_PICKLE_DICT && object->kind != PC_PICKLE_SET &&
-           object->kind != PC_PICKLE_TENSOR && object->kind != PC_PICKLE_STORAGE;
 }
 
 static pc_status put_memo(pc_pickle *pickle, uint64_t index, pc_error *err)
@@ -461,8 +226,8 @@ static pc_status put_memo(pc_pickle *pickle, uint64_t index, pc_error *err)
     if (index >= pickle->memo_room) {
         size_t old = pickle->memo_room;
         void *array = pickle->memo;
-        status = make_room(pickle, &array, &pickle->memo_room, (size_t)index + 1, sizeof *pickle->memo,
-                           PC_PICKLE_MAX_MEMO, "memo entries", err);
+        status = pc_pickle_make_room(pickle, &array, &pickle->memo_room, (size_t)index + 1, sizeof *pickle->memo,
+                                     PC_PICKLE_MAX_MEMO, "memo entries", err);
         if (status != PC_OK)
             return status;
         pickle->memo = array;
@@ -506,7 +271,7 @@ static pc_status push_global(pc_pickle *pickle, const char *module, size_t modul
     if (status == PC_OK)
         status = push_new(pickle, PC_PICKLE_GLOBAL, err);
     if (status == PC_OK)
-        object_of(pickle, (pc_pickle_ref)(pickle->object_count - 1))->as.number = row;
+        pc_pickle_at(pickle, (pc_pickle_ref)(pickle->object_count - 1))->as.number = row;
     return status;
 }
 
@@ -533,8 +298,8 @@ static pc_status run_stack_global(pc_pickle *pickle, pc_error *err)
     pc_status status = require(pickle, 2, err);
     if (status != PC_OK)
         return status;
-    const pc_pickle_object *name = object_of(pickle, pickle->stack[--pickle->stack_count]);
-    const pc_pickle_object *module = object_of(pickle, pickle->stack[--pickle->stack_count]);
+    const pc_pickle_object *name = pc_pickle_at(pickle, pickle->stack[--pickle->stack_count]);
+    const pc_pickle_object *module = pc_pickle_at(pickle, pickle->stack[--pickle->stack_count]);
     if (name->kind != PC_PICKLE_TEXT || module->kind != PC_PICKLE_TEXT)
         return pc_pickle_bad(pickle, err, "a module and a name must be strings");
     return push_global(pickle, pc_pickle_bytes(pickle, module), module->count, pc_pickle_bytes(pickle, name),
@@ -559,8 +324,8 @@ static pc_status run_build(pc_pickle *pickle, pc_error *err)
     pc_status status = require(pickle, 2, err);
     if (status != PC_OK)
         return status;
-    const pc_pickle_object *state = object_of(pickle, pickle->stack[--pickle->stack_count]);
-    const pc_pickle_object *target = object_of(pickle, pickle->stack[pickle->stack_count - 1]);
+    const pc_pickle_object *state = pc_pickle_at(pickle, pickle->stack[--pickle->stack_count]);
+    const pc_pickle_object *target = pc_pickle_at(pickle, pickle->stack[pickle->stack_count - 1]);
     if (target->kind != PC_PICKLE_DICT || target->detail == 0)
         return pc_pickle_bad(pickle, err, "refused to set the attributes of %s", pc_pickle_kind_name(target));
     if (state->kind != PC_PICKLE_DICT)
@@ -588,6 +353,21 @@ static pc_status run_mark(pc_pickle *pickle, pc_error *err)
 }
 
 /* ------------------------------------------------------------------ the loop */
+
+/* Opcodes that exist but have no place in a file of weights: what a message calls them. */
+static const struct {
+    uint8_t op;
+    const char *name;
+} refused_ops[] = {
+    {'0', "POP"},           {'1', "POP_MARK"},         {'2', "DUP"},
+    {'I', "INT"},           {'L', "LONG"},             {'F', "FLOAT"},
+    {'S', "STRING"},        {'V', "UNICODE"},          {'d', "DICT"},
+    {'l', "LIST"},          {'g', "GET"},              {'p', "PUT"},
+    {'P', "PERSID"},        {'o', "OBJ"},              {0x82, "EXT1"},
+    {0x83, "EXT2"},         {0x84, "EXT4"},            {0x91, "FROZENSET"},
+    {0x92, "NEWOBJ_EX"},    {0x97, "NEXT_BUFFER"},     {0x98, "READONLY_BUFFER"},
+};
+#define REFUSED_OPS (sizeof refused_ops / sizeof refused_ops[0])
 
 static pc_status refuse(const pc_pickle *pickle, uint8_t op, pc_error *err)
 {

@@ -137,26 +137,7 @@ const pc_pickle_ref *pc_pickle_items(const pc_pickle_object *object);
 /* The bytes of a text, bytes or big integer. Valid until the machine runs on. */
 const char *pc_pickle_bytes(const pc_pickle *pickle, const pc_pickle_object *object);
 const char *pc_pickle_kind_name(const pc_pickle_object *object); /* "a dict", "an int" */
-
-/* ------------------------------------------------- for pickle_reader.c and pickle_torch.c only */
-
+/* PC_ERR_UNPICKLE "LABEL: byte N of the pickle: …". */
 pc_status pc_pickle_bad(const pc_pickle *pickle, pc_error *err, const char *fmt, ...) PC_PRINTF(3, 4);
-pc_status pc_pickle_new(pc_pickle *pickle, pc_pickle_kind kind, pc_pickle_ref *ref, pc_error *err);
-/* One more tensor; its index goes into the object. */
-pc_status pc_pickle_add_tensor(pc_pickle *pickle, const pc_pickle_tensor *tensor, pc_pickle_ref *ref, pc_error *err);
-/* Append references to a list, set or dict. */
-pc_status pc_pickle_extend(pc_pickle *pickle, pc_pickle_ref container, const pc_pickle_ref *items, size_t count,
-                           pc_error *err);
-/* Is it something that a dict may have as a key? */
-bool pc_pickle_hashable(const pc_pickle_object *object);
-
-/* The row of the allow-list for module.name, or an error that names it. */
-pc_status pc_torch_find_global(const pc_pickle *pickle, const char *module, size_t module_len, const char *name,
-                               size_t name_len, int64_t *row, pc_error *err);
-/* Apply a row of the table to the items of a tuple; new_object: it must be a type. */
-pc_status pc_torch_reduce(pc_pickle *pickle, pc_pickle_ref callable, pc_pickle_ref arguments, bool new_object,
-                          pc_pickle_ref *result, pc_error *err);
-/* BINPERSID: a storage. */
-pc_status pc_torch_persistent(pc_pickle *pickle, pc_pickle_ref id, pc_pickle_ref *result, pc_error *err);
 
 #endif

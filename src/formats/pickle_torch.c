@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "../core/weights.h"
-#include "pickle_reader.h"
+#include "pickle_internal.h"
 
 typedef enum action {
     ORDERED_DICT,
