@@ -204,6 +204,62 @@ def settle_orientation(config: Any, adapted: Iterable[str], kinds: Mapping[str, 
     return flag
 
 
+#: Fields that decide what an adapter's tensors are or mean.
+DECIDING_FIELDS = (
+    "peft_type",
+    "r",
+    "init_r",
+    "rank_pattern",
+    "lora_alpha",
+    "alpha_pattern",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "bias",
+    "lora_bias",
+    "use_dora",
+    "fan_in_fan_out",
+    "init_lora_weights",
+)
+
+
+def _comparable(field: str, value: Any) -> Any:
+    """A field's value such that two spellings of the same are equal: order of names, an empty list and None."""
+    if field == "init_lora_weights":  # only these say something about a trained adapter: what is taken out of the base
+        return value if isinstance(value, str) and value.startswith(("pissa", "olora")) else None
+    if field == "layers_to_transform":
+        return [value] if isinstance(value, int) else value
+    if isinstance(value, list):
+        return sorted(set(value), key=str) or None
+    return value or None
+
+
+def check_unchanged(name: str, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to save adapter `name` under a config that describes another one.
+
+    Args:
+        made: the fields that the adapter was made from, as JSON has them.
+        now: those of its config today.
+
+    Raises:
+        ValueError: a field that decides about the tensors differs; the text has both values.
+    """
+    for field in DECIDING_FIELDS:
+        if field == "r" and now.get("peft_type") == "ADALORA":  # inherited and without effect
+            continue
+        before, after = made.get(field), now.get(field)
+        if _comparable(field, before) != _comparable(field, after):
+            raise ValueError(
+                f"peft_config[{name!r}].{field} is {after!r}, but the adapter was made with {before!r}, and a folder with "
+                "that config would not load as this adapter. Set the field back before saving, or add an adapter with the "
+                "other value"
+            )
+
+
 def name_in_model(key: str, adapter: str, prefix: str) -> str:
     """A state-dict key as it would be called in the model: "a.lora_A.weight" → "a.lora_A.NAME.weight".
 

@@ -35,9 +35,10 @@ def _logger() -> Any:
 
 
 class _Attachment:
-    """What a model with adapters carries besides `peft_config`: its registry and who knows how to walk it."""
+    """What a model with adapters carries besides `peft_config`: its registry, who knows how to walk it, and the configs
+    that its adapters were made from, as JSON (those in `peft_config` are the caller's and may be edited)."""
 
-    __slots__ = ("host", "lock", "registry")
+    __slots__ = ("host", "lock", "made_from", "registry")
 
     def __init__(self, model: object) -> None:
         from threading import RLock
@@ -47,6 +48,7 @@ class _Attachment:
         self.host = host_of(model)
         self.registry = AdapterRegistry()
         self.lock = RLock()
+        self.made_from: dict[str, str] = {}
 
 
 class PeftAdapterMixin:
@@ -232,6 +234,7 @@ class PeftAdapterMixin:
                     settled["fan_in_fan_out"] = _prepare.settle_orientation(
                         config, registry.adapted_modules(name), kinds
                     )
+                text = _as_json(config, settled)
                 kept = [] if adding else _stay_active(registry, name)
                 registry.activate([*kept, name])
             except BaseException:
@@ -246,6 +249,7 @@ class PeftAdapterMixin:
                 self.peft_config = {}
                 self._hf_peft_config_loaded = True
             self.peft_config[name] = config
+            attached.made_from[name] = text
             host.adapters_changed(self, registry)
             host.activation_changed(self, registry)
             if merged:
@@ -402,8 +406,8 @@ class PeftAdapterMixin:
             safe_serialization: must be True; peftc reads adapter_model.bin but writes no pickles.
 
         Raises:
-            ValueError: no adapter is loaded, several are active and none was named, the folder is a file, or
-                safe_serialization is False.
+            ValueError: no adapter is loaded, several are active and none was named, the folder is a file,
+                safe_serialization is False, or the config in `peft_config` was edited so that it describes another adapter.
             KeyError: an unknown name.
             IndexError: no name was given and none is active.
             OSError: the folder cannot be written.
@@ -426,6 +430,7 @@ class PeftAdapterMixin:
         folder = os.fspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+        _check_config(attached, name, self.peft_config[name])
         os.makedirs(folder, exist_ok=True)
         from .hub import CONFIG_NAME, SAFETENSORS_NAME
 
@@ -460,6 +465,7 @@ class PeftAdapterMixin:
             for name in dict.fromkeys(names):
                 registry.remove(name)
                 del self.peft_config[name]
+                attached.made_from.pop(name, None)
             if not self.peft_config:
                 registry.enabled = True
                 del self.peft_config
@@ -572,6 +578,15 @@ def _as_json(config: Any, settled: dict[str, Any]) -> str:
     for field, value in settled.items():
         setattr(config, field, value)
     return as_peftc_json(config)
+
+
+def _check_config(attached: _Attachment, name: str, config: Any) -> None:
+    """Refuse a config that no longer is that of the adapter `name`."""
+    import json
+
+    made = attached.made_from.get(name)
+    if made is not None:
+        _prepare.check_unchanged(name, json.loads(made), json.loads(_as_json(config, {})))
 
 
 def _write_config(config: Any, path: str) -> None:

@@ -869,3 +869,50 @@ def test_sub_model_and_model_do_not_mix():
     outer.inner.delete_adapter("default")
     outer.add_adapter(lora())
     assert "inner.layers.0.query.lora_A.weight" in outer.get_adapter_state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value", "match"),
+    [
+        (lora, "r", 4, r"peft_config\['a'\]\.r is 4, but the adapter was made with 2"),
+        (lora, "lora_alpha", 99, "lora_alpha is 99"),
+        (lora, "use_rslora", True, "use_rslora is True, but the adapter was made with False"),
+        (lora, "target_modules", {"query"}, r"target_modules is \['query'\], but .* \['query', 'value'\]"),
+        (lora, "rank_pattern", {"query": 5}, "rank_pattern"),
+        (lora, "modules_to_save", ["head"], "modules_to_save"),
+        (lora, "bias", "all", "bias"),
+        (lora, "init_lora_weights", "pissa", "init_lora_weights is 'pissa'"),
+        (lora, "use_dora", True, "use_dora"),
+        (ia3, "feedforward_modules", set(), "feedforward_modules"),
+        (adalora, "init_r", 5, "init_r is 5, but the adapter was made with 3"),
+    ],
+)
+def test_save_refuses_a_config_of_another_adapter(model, tmp_path, make, field, value, match):
+    """An edited config would make a folder that does not load, or loads as something else; nothing is written."""
+    config = make()
+    model.add_adapter(config, "a")
+    kept = getattr(config, field)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=match):
+        model.save_adapter(tmp_path / "out", "a")
+    assert not (tmp_path / "out").exists()
+    setattr(config, field, kept)
+    model.save_adapter(tmp_path / "out", "a")
+
+
+def test_save_takes_other_edits(model, tmp_path):
+    """What says nothing about the tensors may change, and so may the spelling of the same."""
+    config = lora()
+    model.add_adapter(config, "a")
+    config.task_type = "SEQ_CLS"
+    config.base_model_name_or_path = "somewhere"
+    config.lora_dropout = 0.5
+    config.init_lora_weights = "gaussian"
+    config.target_modules = ["value", "query"]
+    config.exclude_modules = []
+    model.save_adapter(tmp_path, "a")
+    model.load_adapter(tmp_path, "b")
+    np.testing.assert_array_equal(*[model.get_adapter_state_dict(n)["layers.0.query.lora_A.weight"] for n in "ab"])
+    model.delete_adapter("a")
+    model.add_adapter(lora(r=3), "a")  # the name again, with another config
+    model.save_adapter(tmp_path / "again", "a")
