@@ -87,16 +87,30 @@ char *pc_strndup(const char *text, size_t len)
  * Below it the page rounding would cost more than it saves. */
 #define BLOCK_MMAP_BYTES ((size_t)32 * 1024)
 
+/* From this size on a mapping asks for huge pages where the system has them: its first
+ * writes then cost a fault per 2 MB, not per 4 KB, which is half of reading a file into it. */
+#define BLOCK_HUGE_BYTES ((size_t)4 << 20)
+
+static void *map_block(size_t bytes)
+{
+    void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED)
+        return NULL;
+#ifdef MADV_HUGEPAGE
+    if (bytes >= BLOCK_HUGE_BYTES)
+        (void)madvise(map, bytes, MADV_HUGEPAGE); /* a hint: refused, the pages are small ones */
+#endif
+    return map;
+}
+
 void *pc_block_alloc(size_t bytes)
 {
     if (refuse())
         return NULL;
     if (bytes > (size_t)PTRDIFF_MAX - PC_ALIGNMENT)
         return NULL;
-    if (bytes >= BLOCK_MMAP_BYTES) {
-        void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        return map == MAP_FAILED ? NULL : count_new(map);
-    }
+    if (bytes >= BLOCK_MMAP_BYTES)
+        return count_new(map_block(bytes));
     size_t rounded = pc_align_up(bytes != 0 ? bytes : 1);
     void *block = aligned_alloc(PC_ALIGNMENT, rounded);
     if (block != NULL)
