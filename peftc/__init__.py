@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the names below, as type checkers read them
     from ._random import manual_seed
     from ._show import show_config
     from .config import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
+    from .hosts.torch_patch import patch_transformers
     from .mixin import PeftAdapterMixin
     from .weights import load_adapter_weights
 
@@ -41,6 +42,7 @@ _EXPORTS = {
     "TaskType": "config",
     "load_adapter_weights": "weights",
     "manual_seed": "_random",
+    "patch_transformers": "hosts.torch_patch",
     "show_config": "_show",
 }
 _MODULES = ("models", "nn", "safetensors")
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022  (the order of the documentation)
     "TaskType",
     "load_adapter_weights",
     "manual_seed",
+    "patch_transformers",
     "show_config",
     "models",
     "nn",

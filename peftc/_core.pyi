@@ -106,6 +106,14 @@ class AdapterRegistry:
     def tensors(self, name: str, /) -> list[tuple[str, str, np.ndarray, bool, bool, str]]:
         """Per tensor: (state-dict key, name in the model, array view of the arena, in the state dict?, trainable?,
         module's dotted name)."""
+    def layout(
+        self, name: str, /
+    ) -> tuple[
+        np.ndarray,
+        list[tuple[str, str, str, str, tuple[int, ...], int, bool, bool]],
+        list[tuple[str, bool, int, float, float, bool]],
+    ]:
+        """(arena as uint8, tensors, slots): what a host makes its own tensors from."""
     def state_dict(self, name: str, /) -> dict[str, np.ndarray]:
         """state-dict key → view of the arena."""
     def saved_modules(self, name: str, /) -> list[str]:

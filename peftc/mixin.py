@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
 from . import _core, _prepare
 from ._core import AdapterRegistry
-from ._random import next_seed
 
 if TYPE_CHECKING:
 
@@ -46,9 +45,19 @@ class _Attachment:
         from .hosts import host_of
 
         self.host = host_of(model)
-        self.registry = AdapterRegistry()
+        self.registry: Any = self.host.new_registry()
         self.lock = RLock()
         self.made_from: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"host": self.host, "registry": self.registry, "made_from": self.made_from}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from threading import RLock
+
+        for field, value in state.items():
+            setattr(self, field, value)
+        self.lock = RLock()
 
 
 class PeftAdapterMixin:
@@ -199,6 +208,7 @@ class PeftAdapterMixin:
         if attached is None:
             # One of several threads wins: setdefault of a dict is atomic.
             attached = self.__dict__.setdefault("_peftc_attachment", _Attachment(self))
+        attached.host.serve(attached.registry, self)
         return attached
 
     def _attach(
@@ -222,7 +232,7 @@ class PeftAdapterMixin:
             missing: list[str] = []
             unexpected: list[str] = []
             if adding:
-                registry.add(name, text, label=label, seed=next_seed(), trainable=True)
+                registry.add(name, text, label=label, seed=host.new_seed(), trainable=True)
             else:
                 trainable = not config.inference_mode
                 missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
@@ -332,7 +342,8 @@ class PeftAdapterMixin:
         Raises:
             ValueError: no adapter is loaded.
         """
-        return self._attached().registry.active()
+        names: list[str] = self._attached().registry.active()
+        return names
 
     def active_adapter(self) -> str:
         """Deprecated: the first of `active_adapters`. Raises IndexError if none is active."""
@@ -346,7 +357,9 @@ class PeftAdapterMixin:
     def _attached(self) -> _Attachment:
         if not self._hf_peft_config_loaded or self._peftc_attachment is None:
             raise ValueError(_NOT_LOADED)
-        return self._peftc_attachment
+        attached = self._peftc_attachment
+        attached.host.serve(attached.registry, self)
+        return attached
 
     def _check_known(self, names: Iterable[Any]) -> None:
         missing = [name for name in names if name not in self.peft_config]
@@ -385,7 +398,8 @@ class PeftAdapterMixin:
         if name not in self.peft_config:
             raise KeyError(name)
         if state_dict is None:
-            return registry.state_dict(name)
+            state: dict[str, Any] = registry.state_dict(name)
+            return state
         rows = registry.tensors(name)
         return {key: state_dict[full] for key, full, _, saved, _, _ in rows if saved and full in state_dict}
 

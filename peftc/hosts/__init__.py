@@ -18,6 +18,15 @@ class Host(Protocol):
     def owns(self, model: object) -> bool:
         """Is this a model of this host?"""
 
+    def new_registry(self) -> Any:
+        """Where this host keeps a model's adapters: an AdapterRegistry, or an object with its methods."""
+
+    def serve(self, registry: Any, model: Any) -> None:
+        """Called before the registry is used for this model (it may be a copy of the one it was made for)."""
+
+    def new_seed(self) -> int:
+        """A seed for the initial values of an adapter, from the host's own generator."""
+
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         """Every module below the model with its dotted name, the model itself first as "".
 
@@ -54,11 +63,18 @@ def host_of(model: object) -> Host:
     Raises:
         TypeError: none does; the text says what would be needed.
     """
+    import sys
+
     from .numpy_host import HOST
 
     if HOST.owns(model):
         return HOST
+    if "torch" in sys.modules:  # nobody has a torch model without it
+        from .torch_host import HOST as TORCH
+
+        if TORCH.owns(model):
+            return TORCH
     raise TypeError(
         f"peftc cannot put adapters on a {type(model).__module__}.{type(model).__qualname__}: a model is a class that "
-        "inherits from peftc.PeftAdapterMixin and peftc.nn.Module"
+        "inherits from peftc.PeftAdapterMixin and from peftc.nn.Module or torch.nn.Module"
     )

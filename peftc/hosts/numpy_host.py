@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
+from .._random import next_seed
 
 #: Values of device_map that leave the placement to the host; here that is always the CPU.
 _AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
@@ -21,6 +22,15 @@ class NumpyHost:
 
     def owns(self, model: object) -> bool:
         return isinstance(model, _core.Module)
+
+    def new_registry(self) -> _core.AdapterRegistry:
+        return _core.AdapterRegistry()
+
+    def serve(self, registry: Any, model: Any) -> None:
+        """Nothing: this host's modules know their registry."""
+
+    def new_seed(self) -> int:
+        return next_seed()
 
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         return list(model.named_modules(remove_duplicate=False))

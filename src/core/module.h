@@ -37,6 +37,7 @@ typedef struct pc_module {
     int64_t kernel[2], stride[2], padding[2], dilation[2]; /* conv: height, width */
     int64_t groups;
     bool has_weight, has_bias;
+    bool opaque; /* the host copies it itself for modules_to_save: the core plans no tensors for that */
     bool output_embedding; /* the model's head over the vocabulary: all-linear skips it */
     int32_t alias_of; /* index of the first module that is the same object, else -1 */
     /* Current buffers, borrowed from the host; NULL when it has none in memory. */

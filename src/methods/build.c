@@ -123,7 +123,7 @@ static pc_status plan_all(draft *d, const pc_method *method, const pc_config *co
     for (size_t i = 0; i < modules->count && status == PC_OK; i++)
         status = plan_adapted(d, method, config, (int32_t)i, &modules->items[i], match[i], err);
     for (size_t i = 0; i < modules->count && status == PC_OK; i++)
-        if (match[i] == 2)
+        if (match[i] == 2 && !modules->items[i].opaque)
             status = plan_saved(d, (int32_t)i, &modules->items[i], err);
     return status;
 }

@@ -336,6 +336,7 @@ static PyMethodDef registry_methods[] = {
     {"trainable", registry_trainable, METH_O, trainable_doc},
     {"set_trainable", registry_set_trainable, METH_VARARGS, set_trainable_doc},
     {"tensors", registry_tensors, METH_O, registry_tensors_doc},
+    {"layout", registry_layout, METH_O, registry_layout_doc},
     {"state_dict", registry_state_dict, METH_O, registry_state_dict_doc},
     {"saved_modules", registry_saved_modules, METH_O, registry_saved_modules_doc},
     {"adapted_modules", registry_adapted_modules, METH_O, registry_adapted_modules_doc},

@@ -5,6 +5,7 @@
  *   py_registry_build.c    adding and loading adapters
  *   py_registry_state.c    an adapter's tensors as arrays and as a file
  *   py_registry_merge.c    merged weights
+ *   py_registry_foreign.c  modules of another library, and tensors for it
  */
 #ifndef PEFTC_PYTHON_PY_REGISTRY_H
 #define PEFTC_PYTHON_PY_REGISTRY_H
@@ -62,6 +63,11 @@ PyObject *registry_state_dict(PyObject *op, PyObject *arg);
 PyObject *registry_saved_modules(PyObject *op, PyObject *arg);
 PyObject *registry_adapted_modules(PyObject *op, PyObject *arg);
 PyObject *registry_save(PyObject *op, PyObject *args, PyObject *kwargs);
+
+/* Fill a table entry from a tuple that describes a module of another library; -1 with an exception. */
+int registry_describe_foreign(PyObject *row, pc_module *entry);
+extern const char registry_layout_doc[];
+PyObject *registry_layout(PyObject *op, PyObject *arg);
 
 extern const char registry_merge_doc[], registry_unmerge_doc[], registry_merged_doc[];
 PyObject *registry_merge(PyObject *op, PyObject *args, PyObject *kwargs);

@@ -127,6 +127,8 @@ static int bind_one(registry_object *self, peftc_state *state, PyObject *name_ob
         return -1;
     }
     describe(state, object, &entry);
+    if (PyTuple_Check(object) && registry_describe_foreign(object, &entry) < 0)
+        return -1;
     size_t index;
     pc_error err;
     const Py_ssize_t last = PyList_GET_SIZE(self->objects);

@@ -1,0 +1,48 @@
+"""Named tensors of a weights file as torch tensors: what an adapter brings besides its method's own."""
+
+import mmap
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .. import _core
+from .torch_tree import FROM_NAME
+
+
+def names_in(source: Any) -> list[str]:
+    """The names of the tensors in a file (a path) or a dict."""
+    if not isinstance(source, str):
+        return list(source)
+    if source.endswith(".safetensors"):
+        with _core.safe_open(source, "numpy") as file:
+            return list(file.keys())
+    return list(_core.torch_bin_raw(source))
+
+
+def read(source: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Copies of these tensors, in the dtype they are stored in.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+    """
+    wanted = set(names)
+    if not wanted:
+        return {}
+    if not isinstance(source, str):
+        return {name: torch.as_tensor(source[name]) for name in wanted}
+    raw: dict[str, tuple[str, tuple[int, ...], Any]] = {}
+    if source.endswith(".safetensors"):
+        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for name, dtype, shape, offset, size in _core.safetensors_layout(data, source):
+                if name in wanted:
+                    raw[name] = (dtype, shape, data[offset : offset + size])
+    else:
+        raw = {name: row for name, row in _core.torch_bin_raw(source).items() if name in wanted}
+    tensors = {}
+    for name, (dtype, shape, content) in raw.items():
+        if dtype not in FROM_NAME:
+            raise TypeError(f"{source}: tensor {name} has dtype {dtype}; adapter weights are F64, F32, F16 or BF16")
+        flat = torch.frombuffer(bytearray(content), dtype=FROM_NAME[dtype]) if content else torch.empty(0)
+        tensors[name] = flat.reshape(shape)
+    return tensors

@@ -1,0 +1,74 @@
+"""The torch host: adapters on any torch.nn.Module, under PEFT's names."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .torch_registry import TorchRegistry
+from .torch_saved import unwrap
+from .torch_tree import kind_of, walk
+
+
+class TorchHost:
+    """See `peftc.hosts.Host`."""
+
+    name = "torch"
+
+    def __reduce__(self) -> str:
+        return "HOST"
+
+    def owns(self, model: object) -> bool:
+        return isinstance(model, nn.Module)
+
+    def new_registry(self) -> TorchRegistry:
+        return TorchRegistry()
+
+    def serve(self, registry: Any, model: Any) -> None:
+        registry.model = model
+
+    def new_seed(self) -> int:
+        """From torch's generator, so that torch.manual_seed makes fresh adapters repeat."""
+        return int(torch.randint(2**62, ()).item())
+
+    def named_modules(self, model: Any) -> list[tuple[str, Any]]:
+        return list(walk(model))
+
+    def kind(self, module: Any) -> str:
+        return kind_of(module)
+
+    def output_embedding(self, model: Any) -> str | None:
+        get = getattr(model, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        if head is None:
+            return None
+        head = unwrap(head)
+        return next((path for path, module in walk(model) if module is head), None)
+
+    def model_config(self, model: Any) -> dict[str, Any]:
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        return config if isinstance(config, dict) else {"model_type": "custom"}
+
+    def device(self, model: Any) -> str:
+        return str(next((p.device for p in model.parameters()), "cpu"))
+
+    def check_device(self, device: Any, argument: str) -> None:
+        """Everything goes: adapter tensors are made on the device of their base layer."""
+
+    def as_array(self, tensor: Any) -> Any:
+        """A torch tensor as an array (bfloat16 as float32, which holds all its values); others as they are."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+    def adapters_changed(self, model: Any, registry: Any) -> None:
+        pass
+
+    def activation_changed(self, model: Any, registry: Any) -> None:
+        pass
+
+
+HOST = TorchHost()

@@ -1,0 +1,73 @@
+"""IA³ on torch layers (Liu et al. 2022): a learned vector scales a layer's output, or its input if it is feed-forward."""
+
+import types
+from typing import Any
+
+import torch
+
+from .torch_layers import AdaptedLayer, parameter, parameter_dict, put_parameter, transposed
+
+
+class IA3Layer(AdaptedLayer):
+    """IA³ on nn.Linear and Conv1D (vectors (out, 1), or (1, in) for feed-forward) and Conv2d ((1, channels, 1, 1))."""
+
+    method = "IA3"
+    adapter_layer_names = ("ia3_l",)
+    other_param_names = ("_feedforward",)
+
+    _feedforward: dict[str, bool]
+
+    @staticmethod
+    def _add_containers(layer: Any) -> None:
+        layer._modules["ia3_l"] = parameter_dict()
+        layer._feedforward = {}
+
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether the first adapter scales the input. Each adapter has its own answer."""
+        return next(iter(self._feedforward.values()), False)
+
+    def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
+        put_parameter(self._modules["ia3_l"], name, parameter(tensors["ia3_l"]))
+        self._feedforward[name] = slot[5]
+
+    def _vector(self, name: str) -> torch.Tensor:
+        """Shaped to multiply the layer's input or output."""
+        vector = self._modules["ia3_l"]._parameters[name]
+        return vector if vector.dim() > 2 else vector.flatten()
+
+    def _live(self) -> list[str]:
+        held = self._modules["ia3_l"]._parameters
+        return [name for name in self._peftc.live if name in held]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        live = self._live()
+        before = [self._vector(name) for name in live if self._feedforward[name]]
+        after = [self._vector(name) for name in live if not self._feedforward[name]]
+        for vector in before:
+            x = (x.to(vector.dtype) * vector).to(x.dtype)
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
+        for vector in after:
+            result = (result * vector).to(dtype)
+        return result
+
+    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+        """The weight and bias with one adapter folded in; new tensors."""
+        vector = self._modules["ia3_l"]._parameters[name]
+        if weight.dim() > 2:
+            base: Any = self.get_base_layer()
+            if self._feedforward[name] and base.groups != 1:
+                per_output = vector.view(base.groups, -1, 1, 1).repeat_interleave(weight.shape[0] // base.groups, dim=0)
+                return weight * per_output.view(weight.shape[0], -1, 1, 1), bias
+            scaled = weight * (vector if self._feedforward[name] else vector.transpose(0, 1))
+        else:
+            scaled = weight * (vector.T if transposed(self.get_base_layer()) else vector)
+        if bias is not None and not self._feedforward[name]:
+            bias = bias * vector.reshape(bias.shape)
+        return scaled, bias
+
+
+LAYERS: types.MappingProxyType[str, type[AdaptedLayer]] = types.MappingProxyType(
+    {"Linear": IA3Layer, "Conv1D": IA3Layer, "Conv2d": IA3Layer}
+)

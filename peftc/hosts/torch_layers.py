@@ -1,0 +1,227 @@
+"""What every adapted layer of the torch host is: a module around its base layer, under PEFT's names.
+
+What is active is one object per model, `Switch`, which all adapted layers share: switching adapters is assigning to it,
+whatever the number of layers.  Layers are stamped from templates (`stamp`), without torch's constructors and without
+random initial values that something else overwrites.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+_COPIED = frozenset({dict, OrderedDict, set, list})
+
+
+class Switch:
+    """Which adapters of a model are active. `live` is what a forward pass reads: the active names, or none."""
+
+    __slots__ = ("active", "enabled", "live", "merged")
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] = ()
+        self.live: tuple[str, ...] = ()
+
+    def update(self, **changes: Any) -> None:
+        """Assign fields, then `live`: one assignment, so a layer sees the old names or the new ones."""
+        for field, value in changes.items():
+            setattr(self, field, value)
+        self.live = self.active if self.enabled and not self.merged else ()
+
+
+def stamp(template: Any) -> Any:
+    """A new module like `template`, sharing what is immutable: far cheaper than its constructor."""
+    made = object.__new__(type(template))
+    made.__dict__ = {key: value.copy() if type(value) in _COPIED else value for key, value in template.__dict__.items()}
+    return made
+
+
+_TEMPLATES: dict[Any, Any] = {}
+
+
+def template_of(key: Any, make: Any) -> Any:
+    """The template for `key`, made by `make()` when it is first asked for."""
+    found = _TEMPLATES.get(key)
+    if found is None:
+        with torch.device("meta"):
+            found = _TEMPLATES[key] = make()
+    return found
+
+
+def module_dict() -> nn.ModuleDict:
+    return stamp(template_of(nn.ModuleDict, nn.ModuleDict))
+
+
+def parameter_dict() -> nn.ParameterDict:
+    return stamp(template_of(nn.ParameterDict, nn.ParameterDict))
+
+
+def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Parameter) -> None:
+    container._keys[name] = None
+    container._parameters[name] = parameter
+
+
+def dropout_module(p: float, training: bool) -> nn.Module:
+    """PEFT's: Identity when nothing is dropped, else Dropout."""
+    if p > 0.0:
+        made = stamp(template_of(("dropout", p), lambda: nn.Dropout(p)))
+    else:
+        made = stamp(template_of(nn.Identity, nn.Identity))
+    made.training = training
+    return made
+
+
+def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
+    """A Parameter over the tensor's own memory."""
+    return torch.Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
+
+
+class AdaptedLayer(nn.Module):
+    """A base layer with the adapters of one method on it. PEFT's `BaseTunerLayer` counts instances as its own."""
+
+    #: containers of adapter tensors, by adapter name: what requires_grad is set on
+    adapter_layer_names: tuple[str, ...] = ()
+    #: other dicts by adapter name
+    other_param_names: tuple[str, ...] = ()
+    #: peft_type of its adapters
+    method = ""
+    _peftc: Switch
+
+    @classmethod
+    def around(cls, base: nn.Module, switch: Switch) -> "AdaptedLayer":
+        """A layer without adapters around `base` (itself perhaps an adapted layer)."""
+        layer = stamp(template_of(cls, cls._template))
+        children = layer._modules
+        for name, child in children.items():
+            if child is not None:
+                children[name] = stamp(child)
+        children["base_layer"] = base
+        layer._peftc = switch
+        layer.training = base.training
+        for child in children.values():
+            child.training = base.training if child is not base else child.training
+        layer._read_extents(layer.get_base_layer())
+        return layer
+
+    @classmethod
+    def _template(cls) -> "AdaptedLayer":
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._modules["base_layer"] = None
+        cls._add_containers(layer)
+        return layer
+
+    @staticmethod
+    def _add_containers(layer: Any) -> None:
+        raise NotImplementedError
+
+    def _read_extents(self, base: Any) -> None:
+        """in_features and out_features, as PEFT's layers have them."""
+        for one, other in (
+            ("in_features", "out_features"),
+            ("in_channels", "out_channels"),
+            ("num_embeddings", "embedding_dim"),
+            ("nx", "nf"),
+        ):
+            if hasattr(base, one):
+                self.in_features, self.out_features = getattr(base, one), getattr(base, other)
+                return
+
+    # ---------------------------------------------------------------- adapters
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters on this layer, in the order they came."""
+        names: dict[str, None] = {}
+        for field in self.adapter_layer_names:
+            names.update(dict.fromkeys(_names(self._modules.get(field))))
+        return list(names)
+
+    def tensors_of(self, name: str) -> list[nn.Parameter]:
+        """The trainable parameters of one adapter here."""
+        found: list[nn.Parameter] = []
+        for field in self.adapter_layer_names:
+            container = self._modules[field]
+            child = container._modules.get(name)
+            if child is not None:
+                found += [p for p in child._parameters.values() if p is not None]
+            elif name in container._parameters:
+                found.append(container._parameters[name])
+        return found
+
+    def drop(self, name: str) -> None:
+        """Forget one adapter."""
+        for field in (*self.adapter_layer_names, *self.other_param_names):
+            container = self._modules.get(field)
+            if container is None:
+                getattr(self, field).pop(name, None)
+            elif name in container._modules or name in container._parameters:
+                del container[name]
+
+    # -------------------------------------------------- what PEFT's layers have
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base layer."""
+        layer = self._modules["base_layer"]
+        while isinstance(layer, AdaptedLayer):
+            layer = layer._modules["base_layer"]
+        return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.get_base_layer().bias
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self._peftc.enabled
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._peftc.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return list(self._peftc.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        mine = set(self.adapters())
+        return [name for name in self._peftc.merged if name in mine]
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def _live(self) -> list[str]:
+        """Adapters that apply to this layer now, in order."""
+        mine = self._modules[self.adapter_layer_names[0]]
+        held = mine._modules or mine._parameters
+        return [name for name in self._peftc.live if name in held]
+
+    def delta_weight(self, name: str) -> Any:
+        """A function weight -> merged weight and bias -> merged bias for one adapter; see the methods' layers."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to the base weight, in the weight's own layout."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"peftc.{super().__repr__()}"
+
+
+def _names(container: Any) -> list[str]:
+    if container is None:
+        return []
+    return [*container._modules, *container._parameters]
+
+
+def transposed(module: nn.Module) -> bool:
+    """Does the layer store its weight as (in, out)? GPT-2's Conv1D does."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

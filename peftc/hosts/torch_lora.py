@@ -1,0 +1,372 @@
+"""LoRA and DoRA on torch layers: parameters under PEFT's names, and the forward pass.
+
+A linear layer's low-rank sum runs in C on CPU tensors (torch_lowrank.py) and in torch ops everywhere else; the two
+agree to rounding.  Formulas: LoRA, Hu et al. 2021, section 4.1; DoRA, Liu et al. 2024, equation 5 with the norm
+detached (section 4.3).
+"""
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .torch_layers import (
+    AdaptedLayer,
+    dropout_module,
+    module_dict,
+    parameter,
+    parameter_dict,
+    put_parameter,
+    stamp,
+    template_of,
+    transposed,
+)
+from .torch_lowrank import add_lowrank
+
+
+class Magnitude(nn.Module):
+    """DoRA's magnitude vector; its one parameter is called `weight`, as in PEFT."""
+
+    weight: nn.Parameter
+
+    @staticmethod
+    def over(tensor: torch.Tensor) -> "Magnitude":
+        made = stamp(template_of(Magnitude, Magnitude))
+        made._parameters["weight"] = parameter(tensor)
+        return made
+
+
+class LoraLayer(AdaptedLayer):
+    """What LoRA's layers share: containers, and what is known of each adapter."""
+
+    method = "LORA"
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "lora_bias", "_initial")
+
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    #: pissa and olora: the factors that the adapter started from; their product is subtracted while it is active
+    _initial: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @staticmethod
+    def _add_containers(layer: Any) -> None:
+        for field in ("lora_dropout", "lora_A", "lora_B"):
+            layer._modules[field] = module_dict()
+        for field in ("lora_embedding_A", "lora_embedding_B"):
+            layer._modules[field] = parameter_dict()
+        layer._modules["lora_magnitude_vector"] = module_dict()
+        for field in ("r", "lora_alpha", "scaling", "use_dora", "lora_bias", "_initial"):
+            setattr(layer, field, {})
+
+    def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
+        """Take an adapter's tensors ("lora_A", "lora_B", …) in; nothing is copied.
+
+        slot: (module, adapts, rank, alpha, scaling, feedforward) of the core's plan.
+        """
+        children = self._modules
+        _, _, rank, alpha, scaling, _ = slot
+        self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
+        self.use_dora[name] = "lora_magnitude_vector" in tensors
+        self.lora_bias[name] = "lora_B.bias" in tensors
+        children["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training)
+        self._put_factors(name, tensors)
+        if "lora_magnitude_vector" in tensors:
+            magnitude = Magnitude.over(tensors["lora_magnitude_vector"])
+            magnitude.training = self.training
+            children["lora_magnitude_vector"]._modules[name] = magnitude
+        if "lora_initial_A" in tensors:
+            self._initial[name] = (tensors["lora_initial_A"], tensors["lora_initial_B"])
+
+    def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """scaling = scale · alpha / r."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.lora_alpha[adapter] / self.r[adapter]
+
+    def _cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x if x.dtype == dtype else x.to(dtype)
+
+    def _drops(self, name: str) -> bool:
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return dropout.training and not isinstance(dropout, nn.Identity)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        delta = self._product(adapter)
+        return delta * self.scaling[adapter]
+
+    def _product(self, adapter: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
+        """DoRA: the length of each output's weights, shaped like the magnitude. weight and product as stored."""
+        raise NotImplementedError
+
+    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+        """The weight and bias with one adapter folded in; new tensors."""
+        product, scaling = self._product(name), self.scaling[name]
+        merged = weight + product * scaling
+        if self.use_dora[name]:
+            magnitude = self._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
+            norm = self._norm(weight, product, scaling)
+            merged = self._along_outputs(magnitude / norm) * merged
+        if self.lora_bias[name]:
+            extra = self._modules["lora_B"]._modules[name].bias * scaling
+            bias = extra if bias is None else bias + extra
+        return merged, bias
+
+    def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
+        """A DoRA scale shaped to multiply the weight as stored."""
+        raise NotImplementedError
+
+
+# --------------------------------------------------------------------------- linear
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, training: bool) -> nn.Linear:
+    made = stamp(template_of("linear", lambda: nn.Linear(1, 1)))
+    made.out_features, made.in_features = weight.shape
+    made._parameters["weight"] = parameter(weight)
+    made._parameters["bias"] = None if bias is None else parameter(bias)
+    made.training = training
+    return made
+
+
+class Linear(LoraLayer):
+    """LoRA on nn.Linear and on GPT-2's Conv1D: y = base(x) + scaling · B A dropout(x)."""
+
+    def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        children = self._modules
+        children["lora_A"]._modules[name] = _linear(tensors["lora_A"], None, self.training)
+        children["lora_B"]._modules[name] = _linear(tensors["lora_B"], tensors.get("lora_B.bias"), self.training)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return transposed(self.get_base_layer())
+
+    def _product(self, adapter: str) -> torch.Tensor:
+        product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+        if adapter in self._initial:
+            a, b = self._initial[adapter]
+            product = product - b @ a
+        return product.T if self.fan_in_fan_out else product
+
+    def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
+        total = weight + scaling * product
+        return torch.linalg.norm(total, dim=0 if self.fan_in_fan_out else 1).to(weight.dtype)
+
+    def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
+        return scale if self.fan_in_fan_out else scale.unsqueeze(1)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "adapter_names" in kwargs:
+            return self._mixed(x, *args, **kwargs)
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        if not self._peftc.live:
+            return result
+        dtype = result.dtype
+        plain: list[str] = []  # neighbours in the list without DoRA: one call adds them all
+        for name in self._live():
+            if self.use_dora[name]:
+                result = self._plain(x, result, plain)
+                plain = []
+                result = self._dora(name, x, result)
+            else:
+                plain.append(name)
+        return self._plain(x, result, plain).to(dtype)
+
+    def _plain(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor:
+        if not names:
+            return result
+        a, b, dropouts = (self._modules[field]._modules for field in ("lora_A", "lora_B", "lora_dropout"))
+        return add_lowrank(self, x, result, [(a[n], b[n], dropouts[n], self.scaling[n], n) for n in names])
+
+    def _dora(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        a, b = self.lora_A[name], self.lora_B[name]
+        base, scaling = self.get_base_layer(), self.scaling[name]
+        x = self._cast(x, a.weight.dtype)
+        weight, bias = base.weight, base.bias
+        product = (b.weight @ a.weight).detach()
+        norm = self._norm(weight, product.T if self.fan_in_fan_out else product, scaling).detach()
+        scale = self.lora_magnitude_vector[name].weight / norm
+        if self._drops(name):
+            x = self.lora_dropout[name](x)
+            plain = F.linear(x, weight.T if self.fan_in_fan_out else weight)
+        else:
+            plain = result if bias is None else result - bias
+        return result + (scale - 1) * plain + scale * b(a(x)) * scaling
+
+    def _mixed(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+        """Each row of the batch with its own adapter ("__base__": none)."""
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
+        for name in dict.fromkeys(adapter_names):
+            if name == "__base__" or name not in self.lora_A:
+                continue
+            rows = [i for i, n in enumerate(adapter_names) if n == name]
+            part = self._cast(x[rows], self.lora_A[name].weight.dtype)
+            if self.use_dora[name]:
+                result[rows] = self._dora(name, part, result[rows]).to(dtype)
+            else:
+                result[rows] = self._plain(part, result[rows], [name]).to(dtype)
+        return result
+
+
+# ------------------------------------------------------------------------ convolution
+
+
+class Conv2d(LoraLayer):
+    """LoRA on nn.Conv2d: A is a convolution of the base's kernel to r channels, B a 1 × 1 one."""
+
+    def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        base: Any = self.get_base_layer()
+        shape = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+        for field, extra in (
+            ("lora_A", {"kernel_size": base.kernel_size, **shape}),
+            ("lora_B", {"groups": base.groups}),
+        ):
+            weight = tensors[field]
+            options: dict[str, Any] = {"kernel_size": 1, "bias": False, **extra}
+            groups = options.get("groups", 1)
+            key = (field, weight.shape, tuple(sorted((k, str(v)) for k, v in options.items())))
+            made = stamp(
+                template_of(key, lambda w=weight, o=options, g=groups: nn.Conv2d(w.shape[1] * g, w.shape[0], **o))
+            )
+            made._parameters["weight"] = parameter(weight)
+            bias = tensors.get(f"{field}.bias")
+            made._parameters["bias"] = None if bias is None else parameter(bias)
+            made.training = self.training
+            self._modules[field]._modules[name] = made
+
+    def _product(self, adapter: str) -> torch.Tensor:
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        product = (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
+        if adapter in self._initial:
+            first_a, first_b = self._initial[adapter]
+            product = product - (first_b.flatten(1) @ first_a.flatten(1)).reshape(product.shape)
+        return product
+
+    def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
+        total = weight + scaling * product
+        return total.norm(p=2, dim=tuple(range(1, total.dim())), keepdim=True).transpose(1, 0)
+
+    def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
+        return scale.transpose(0, 1)
+
+    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+        if self.get_base_layer().groups != 1:
+            raise NotImplementedError(
+                "merging LoRA into a grouped convolution is not possible: its weight has no place for the product "
+                "of all input channels; keep the adapter unmerged"
+            )
+        return super().merge_into(name, weight, bias)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "adapter_names" in kwargs:
+            return _mixed_by_rows(self, x, *args, **kwargs)
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
+        for name in self._live():
+            result = self._add(name, x, result)
+        return result.to(dtype)
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        x = self._cast(x, a.weight.dtype)
+        if not self.use_dora[name]:
+            return result + b(a(self.lora_dropout[name](x))) * scaling
+        base: Any = self.get_base_layer()
+        norm = self._norm(base.weight, self._product(name).detach(), scaling).detach()
+        scale = self.lora_magnitude_vector[name].weight / norm
+        if self._drops(name):
+            x = self.lora_dropout[name](x)
+            plain = F.conv2d(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
+        else:
+            plain = result if base.bias is None else result - base.bias.view(1, -1, 1, 1)
+        return result + (scale - 1) * plain + scale * b(a(x)) * scaling
+
+
+# -------------------------------------------------------------------------- embedding
+
+
+class Embedding(LoraLayer):
+    """LoRA on nn.Embedding: A (r, num) is looked up by column, B (dim, r)."""
+
+    def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        for field in ("lora_embedding_A", "lora_embedding_B"):
+            put_parameter(self._modules[field], name, parameter(tensors[field]))
+
+    def _live(self) -> list[str]:
+        held = self._modules["lora_embedding_A"]._parameters
+        return [name for name in self._peftc.live if name in held]
+
+    def _product(self, adapter: str) -> torch.Tensor:
+        product = (self.lora_embedding_B[adapter] @ self.lora_embedding_A[adapter]).T
+        if adapter in self._initial:
+            a, b = self._initial[adapter]
+            product = product - (b @ a).T
+        return product
+
+    def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
+        return torch.linalg.norm((weight + scaling * product).T, dim=1).to(weight.dtype)
+
+    def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
+        return scale
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "adapter_names" in kwargs:
+            return _mixed_by_rows(self, x, *args, **kwargs)
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
+        for name in self._live():
+            result = self._add(name, x, result)
+        return result.to(dtype)
+
+    def _look_up(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        return F.embedding(
+            ids,
+            table,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        a, b = self.lora_embedding_A[name].T, self.lora_embedding_B[name].T
+        scaling = self.scaling[name]
+        added = (self._look_up(x, a) @ b) * scaling
+        if name in self._initial:
+            first_a, first_b = self._initial[name]
+            added = added - (self._look_up(x, first_a.T) @ first_b.T) * scaling
+        if not self.use_dora[name]:
+            return result + added
+        base: Any = self.get_base_layer()
+        norm = self._norm(base.weight, self._product(name).detach(), scaling).detach()
+        scale = self.lora_magnitude_vector[name].weight / norm
+        return scale * result + scale * added
+
+
+def _mixed_by_rows(layer: Any, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+    """Each row of the batch with its own adapter ("__base__": none)."""
+    result = layer._modules["base_layer"](x, *args, **kwargs)
+    dtype = result.dtype
+    for name in dict.fromkeys(adapter_names):
+        if name in layer.scaling:
+            rows = [i for i, n in enumerate(adapter_names) if n == name]
+            result[rows] = layer._add(name, x[rows], result[rows]).to(dtype)
+    return result
+
+
+#: base class → layer class; looked up by isinstance, in order
+LAYERS: types.MappingProxyType[str, type[LoraLayer]] = types.MappingProxyType(
+    {"Linear": Linear, "Conv1D": Linear, "Conv2d": Conv2d, "Embedding": Embedding}
+)

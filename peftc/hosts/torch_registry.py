@@ -1,0 +1,479 @@
+"""The adapters of one torch model: made by the core, spliced in as layers, switched by one assignment.
+
+Offers what the mixin asks of `_core.AdapterRegistry`.  The core plans, allocates, initialises and reads an adapter; its
+arena becomes the storage of the parameters.  Everything is made on the side first: a refused adapter leaves no trace.
+"""
+
+import json
+import weakref
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core import AdapterRegistry
+from . import torch_adalora, torch_files, torch_ia3, torch_lora
+from .torch_layers import AdaptedLayer, Switch
+from .torch_saved import SavedModule, copy_of, unwrap
+from .torch_tree import FROM_NAME, describe, kind_of, place, walk
+
+_LAYERS: dict[str, Any] = {"LORA": torch_lora.LAYERS, "ADALORA": torch_adalora.LAYERS, "IA3": torch_ia3.LAYERS}
+_PREFIX = "base_model.model."
+
+
+class _Adapter:
+    """What is remembered of an adapter. Tensors are looked up in the layers: they may be replaced at any time."""
+
+    def __init__(self, name: str, method: str) -> None:
+        self.name, self.method = name, method
+        self.trainable = False
+        #: (module's name, layer) of each adapted layer, in the model's order
+        self.layers: list[tuple[str, AdaptedLayer]] = []
+        #: (state-dict key, layer, parameter) of each tensor in the state dict
+        self.keys: list[tuple[str, AdaptedLayer, str]] = []
+        #: (module's name, wrapper) of modules_to_save
+        self.saved: list[tuple[str, SavedModule]] = []
+        #: (state-dict key, base module, parameter's name, the values that are not in effect) of biases it trains
+        self.biases: list[tuple[str, nn.Module, str, torch.Tensor]] = []
+
+
+class TorchRegistry:
+    """See the module. `model` is set before each use; it is not kept alive."""
+
+    def __init__(self) -> None:
+        self.switch = Switch()
+        self._adapters: dict[str, _Adapter] = {}
+        self._bound: list[tuple[str, Any]] = []
+        self._output_embedding: str | None = None
+        self._biases_of: str | None = None  # the adapter whose biases are in effect
+        self._flagged: set[str] = set()  # adapters whose tensors may require gradients
+        self._originals: list[tuple[Any, torch.Tensor, Any]] = []  # base layers and what merging replaced
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        return self._model() if self._model is not None else None
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_bound": []}
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def names(self) -> list[str]:
+        return list(self._adapters)
+
+    def peft_type(self, name: str) -> str:
+        return self._adapters[name].method
+
+    def saved_modules(self, name: str) -> list[str]:
+        return [path for path, _ in self._adapters[name].saved]
+
+    def adapted_modules(self, name: str) -> list[str]:
+        return [path for path, _ in self._adapters[name].layers]
+
+    # ------------------------------------------------------------------ making
+
+    def bind(self, modules: Sequence[tuple[str, Any]], output_embedding: str | None = None) -> None:
+        self._bound = list(modules)
+        self._output_embedding = output_embedding
+
+    def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:
+        """Make a fresh adapter; it is listed but not active."""
+        self._make(name, config, None, label, seed, trainable)
+
+    def load(
+        self, name: str, config: str, source: Any, *, label: str = "config", seed: int = 0, trainable: bool = False
+    ) -> tuple[list[str], list[str]]:
+        """Make an adapter from a file or a dict of arrays; returns (missing, unexpected) names."""
+        return self._make(name, config, source, label, seed, trainable)
+
+    def _make(
+        self, name: str, text: str, source: Any, label: str, seed: int, trainable: bool
+    ) -> tuple[list[str], list[str]]:
+        values = json.loads(text)
+        bias = values.get("bias") or "none"
+        if bias in ("all", "lora_only"):
+            text = json.dumps({**values, "bias": "none"})  # torch's biases are parameters of the base: seen to here
+        holders: list[Any] = []
+        init = values.get("init_lora_weights", True)
+        with_values = isinstance(init, str) or bool(values.get("use_dora"))
+        builder = AdapterRegistry()
+        builder.bind(
+            [(path, describe(module, holders, with_values)) for path, module in self._bound],
+            self._output_embedding,
+        )
+        missing: list[str] = []
+        unexpected: list[str] = []
+        if source is None:
+            builder.add(name, text, label=label, seed=seed)
+        else:
+            missing, unexpected = builder.load(name, text, source, label=label, seed=seed)
+        arena, tensors, slots = builder.layout(name)
+        adapter = _Adapter(name, builder.peft_type(name))
+        modules = dict(self._bound)
+        config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
+        by_module = _tensors_by_module(arena, tensors, modules)
+        layers = self._plan_layers(adapter, slots, modules)
+        saved = self._plan_saved(values.get("modules_to_save") or [])
+        adapter.biases = self._plan_biases(bias, {slot[0] for slot in slots if slot[1]}, [path for path, _ in saved])
+        if source is not None:
+            unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
+
+        # Nothing below fails.
+        join_peft()
+        for (path, parent, key, layer, fresh), slot in zip(layers, slots, strict=True):
+            if fresh:
+                parent._modules[key] = layer
+            layer.put(name, by_module[path], slot, config)
+            adapter.layers.append((path, layer))
+        layer_of = dict(adapter.layers)
+        adapter.keys = [(row[0], layer_of[row[1]], row[2]) for row in tensors if row[6]]
+        for path, module in saved:
+            parent, key = place(self.model, path) if not self._wrapper_at(path) else (None, "")
+            wrapper = self._wrapper_at(path)
+            if wrapper is None:
+                wrapper = SavedModule.around(parent._modules[key], self.switch)
+                parent._modules[key] = wrapper
+            wrapper.copies()[name] = module
+            module.requires_grad_(False)
+            adapter.saved.append((path, wrapper))
+        self._adapters[name] = adapter
+        for _, base in self._bound:
+            for parameter in base._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
+        for other in list(self._flagged):
+            self._flag(other, False)
+        self.set_trainable(name, trainable)
+        return missing, unexpected
+
+    def _plan_layers(self, adapter: _Adapter, slots: Any, modules: dict[str, Any]) -> list[Any]:
+        """(module's name, parent, key, layer, is it new?) for each slot."""
+        known = _LAYERS[adapter.method]
+        planned = []
+        for path, *_ in slots:
+            parent, key = place(self.model, path)
+            top = parent._modules[key]
+            cls = known[kind_of(modules[path])]
+            if type(top) is cls:
+                planned.append((path, parent, key, top, False))
+            else:
+                planned.append((path, parent, key, cls.around(top, self.switch), True))
+        return planned
+
+    def _wrapper_at(self, path: str) -> SavedModule | None:
+        *above, key = path.split(".")
+        parent: Any = self.model
+        for part in above:
+            parent = unwrap(parent._modules[part])
+        found = parent._modules[key]
+        return found if isinstance(found, SavedModule) else None
+
+    def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
+        """(module's name, its copy) for each module that modules_to_save names."""
+        wanted = list(wanted)
+        return [
+            (path, copy_of(module))
+            for path, module in self._bound
+            if path and any(path == name or path.endswith(f".{name}") for name in wanted)
+        ]
+
+    def _plan_biases(self, bias: str, adapted: set[str], saved: list[str]) -> list[Any]:
+        rows = []
+        for path, module in self._bound:
+            if bias == "none" or any(path == root or path.startswith(f"{root}.") for root in saved):
+                continue
+            for field, parameter in module._parameters.items():
+                if parameter is None or "bias" not in field or (bias == "lora_only" and path not in adapted):
+                    continue
+                middle = "base_layer." if path in adapted else ""
+                rows.append((f"{path}.{middle}{field}", module, field, parameter.detach().clone()))
+        return rows
+
+    def _fill_extras(
+        self, source: Any, adapter: _Adapter, saved: list[tuple[str, nn.Module]], unexpected: list[str], label: str
+    ) -> list[str]:
+        """Read modules_to_save and biases from what the core did not take; returns what is left over."""
+        targets: dict[str, torch.Tensor] = {}
+        needed: set[str] = set()
+        for path, module in saved:
+            for key, tensor in module.state_dict().items():
+                targets[f"{path}.{key}"] = tensor
+                needed.add(f"{path}.{key}")
+        for key, _, _, values in adapter.biases:
+            targets[key] = values
+            targets[key.replace(".base_layer.", ".")] = values
+        named = {name.removeprefix(_PREFIX): name for name in unexpected}
+        origin = source if isinstance(source, str) else "state_dict"
+        for key in needed:
+            if key not in named:
+                raise KeyError(f"{key}: {origin} has no such tensor, and modules_to_save names its module")
+        found = {key: name for key, name in named.items() if key in targets}
+        for name, tensor in torch_files.read(source, found.values()).items():
+            target = targets[name.removeprefix(_PREFIX)]
+            if target.shape != tensor.shape:
+                raise ValueError(
+                    f"size mismatch for {name}: {origin} has shape {list(tensor.shape)}, the model needs "
+                    f"{list(target.shape)}"
+                )
+            with torch.no_grad():
+                target.copy_(tensor)
+        return [name for name in unexpected if name.removeprefix(_PREFIX) not in found]
+
+    # --------------------------------------------------------------- switching
+
+    def active(self) -> list[str]:
+        return list(self.switch.active)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters active, in this order. All or nothing.
+
+        Raises:
+            ValueError: an unknown name; two adapters that replace the same module.
+        """
+        order = list(dict.fromkeys(names))
+        owner: dict[str, str] = {}
+        for name in order:
+            if name not in self._adapters:
+                raise ValueError(
+                    f"Adapter with name {name} not found. Please pass the correct adapter name among {self.names()}"
+                )
+            for path in self.saved_modules(name):
+                if owner.setdefault(path, name) != name:
+                    raise ValueError(
+                        f"Attempted to set multiple ({[owner[path], name]}) adapters at once for modules_to_save."
+                    )
+        self.unmerge()
+        for name in self._flagged - set(order):
+            self._flag(name, False)
+        self.switch.update(active=tuple(order))
+        self._settle_biases()
+
+    @property
+    def enabled(self) -> bool:
+        return self.switch.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if not value:
+            self.unmerge()
+            for name in list(self._flagged):
+                self._flag(name, False)
+        self.switch.update(enabled=bool(value))
+        self._settle_biases()
+
+    def trainable(self, name: str) -> bool:
+        return self._adapters[name].trainable
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        self._adapters[name].trainable = trainable
+        self._flag(name, trainable)
+
+    def _flag(self, name: str, value: bool) -> None:
+        adapter = self._adapters[name]
+        for _, layer in adapter.layers:
+            for tensor in layer.tensors_of(name):
+                tensor.requires_grad = value
+        for _, wrapper in adapter.saved:
+            wrapper.copies()[name].requires_grad_(value)
+        for _, module, field, _ in adapter.biases:
+            module._parameters[field].requires_grad_(value)
+        (self._flagged.add if value else self._flagged.discard)(name)
+
+    def _settle_biases(self) -> None:
+        """Put the active adapter's biases in the base layers, or the base's own back."""
+        wanted = None
+        if self.switch.enabled:
+            wanted = next((name for name in self.switch.active if self._adapters[name].biases), None)
+        if wanted == self._biases_of:
+            return
+        for name in (self._biases_of, wanted):
+            if name is not None:
+                with torch.no_grad():
+                    for _, module, field, other in self._adapters[name].biases:
+                        parameter = module._parameters[field]
+                        kept = parameter.detach().clone()
+                        parameter.copy_(other)
+                        other.data = kept
+        self._biases_of = wanted
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter; layers that have no other become the base layers that they were."""
+        if name not in self._adapters:
+            raise ValueError(f"The following adapter(s) are not present and cannot be deleted: {{'{name}'}}")
+        adapter = self._adapters[name]
+        if name in self.switch.merged:
+            self.unmerge()
+        self.switch.update(active=tuple(n for n in self.switch.active if n != name))
+        self._settle_biases()
+        for path, layer in adapter.layers:
+            layer.drop(name)
+            if not layer.adapters():
+                _take_out(self.model, path, layer)
+        for path, wrapper in adapter.saved:
+            wrapper.copies().pop(name, None)
+            if not wrapper.copies():
+                _take_out(self.model, path, wrapper)
+        self._flagged.discard(name)
+        del self._adapters[name]
+
+    # ------------------------------------------------------------------- state
+
+    def state_dict(self, name: str) -> dict[str, torch.Tensor]:
+        """state-dict key → tensor that shares memory with the parameter."""
+        adapter = self._adapters[name]
+        state = {key: _tensor(layer, parameter, name).detach() for key, layer, parameter in adapter.keys}
+        for key, module, field, other in adapter.biases:
+            mine = self._biases_of == name
+            state[key] = module._parameters[field].detach() if mine else other
+        for path, wrapper in adapter.saved:
+            for key, tensor in wrapper.copies()[name].state_dict().items():
+                state[f"{path}.{key}"] = tensor
+        return state
+
+    def tensors(self, name: str) -> list[tuple[str, str, Any, bool, bool, str]]:
+        """(state-dict key, name in the model, tensor, in the state dict?, trainable?, module) of each tensor."""
+        adapter = self._adapters[name]
+        where = {id(module): path for path, module in self.model.named_modules()}
+        rows: list[tuple[str, str, Any, bool, bool, str]] = []
+        for key, layer, parameter in adapter.keys:
+            field, _, part = parameter.partition(".")
+            tensor = _tensor(layer, parameter, name)
+            inner = layer._modules[field]._modules.get(name)
+            last = f".{part or 'weight'}" if inner is not None else ""
+            rows.append((key, f"{where[id(layer)]}.{field}.{name}{last}", tensor, True, True, key))
+        for key, module, field, _ in adapter.biases:
+            tensor = module._parameters[field]
+            rows.append((key, f"{where[id(module)]}.{field}", tensor, True, True, key))
+        for path, wrapper in adapter.saved:
+            for key, tensor in wrapper.copies()[name].state_dict().items():
+                full = f"{where[id(wrapper)]}.modules_to_save.{name}.{key}"
+                rows.append((f"{path}.{key}", full, tensor, True, True, path))
+        return rows
+
+    def save(self, name: str, path: str, prefix: str = _PREFIX) -> None:
+        """Write an adapter's state dict as safetensors, atomically; the bytes are those that PEFT writes."""
+        from .torch_save import save_file
+
+        save_file({prefix + key: tensor for key, tensor in self.state_dict(name).items()}, path)
+
+    # ----------------------------------------------------------------- merging
+
+    def merged(self) -> list[str]:
+        return list(self.switch.merged)
+
+    def merge(self, names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put base weights with these adapters folded in in the base weights' place; `unmerge` gives them back exactly.
+
+        Raises:
+            ValueError: safe_merge, and a result with NaN or infinity.
+        """
+        wanted = [n for n in (self.active() if names is None else names) if n not in self.switch.merged]
+        layers: dict[str, list[tuple[AdaptedLayer, str]]] = {}
+        for name in wanted:
+            for path, layer in self._adapters[name].layers:
+                layers.setdefault(path, []).append((layer, name))
+        made = []
+        with torch.no_grad():
+            for path, uses in layers.items():
+                base: Any = uses[0][0].get_base_layer()
+                weight, bias = base.weight.detach(), getattr(base, "bias", None)
+                bias = None if bias is None else bias.detach()
+                for layer, name in uses:
+                    weight, bias = layer.merge_into(name, weight, bias)
+                    if safe_merge and not torch.isfinite(weight).all():
+                        raise ValueError(
+                            f"NaNs detected in the merged weights. The adapter {name} seems to be broken (module {path})"
+                        )
+                made.append((base, weight.to(base.weight.dtype).contiguous(), bias))
+        for base, weight, bias in made:
+            self._originals.append((base, base.weight.data, getattr(base, "bias", None)))
+            base.weight.data = weight
+            if bias is not None:
+                base.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        self.switch.update(merged=(*self.switch.merged, *wanted))
+
+    def unmerge(self) -> None:
+        for base, weight, bias in reversed(self._originals):
+            base.weight.data = weight
+            if bias is not None or getattr(base, "bias", None) is not None:
+                base.bias = bias
+        self._originals.clear()
+        if self.switch.merged:
+            self.switch.update(merged=())
+
+
+def _tensor(layer: AdaptedLayer, parameter: str, name: str) -> Any:
+    field, _, part = parameter.partition(".")
+    container: Any = layer._modules[field]
+    child = container._modules.get(name)
+    return container._parameters[name] if child is None else child._parameters[part or "weight"]
+
+
+def _tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """module's name → parameter → tensor over the arena (or a copy of it on the base layer's device)."""
+    memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
+    flat: dict[str, torch.Tensor] = {}
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    cpu = torch.device("cpu")
+    for _, module, parameter, dtype, shape, offset, _, _ in rows:
+        if dtype not in flat:
+            kind = FROM_NAME[dtype]
+            flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
+        stride, strides = 1, []
+        for extent in reversed(shape):
+            strides.append(stride)
+            stride *= max(extent, 1)
+        whole = flat[dtype]
+        tensor = whole.as_strided(shape, strides[::-1], offset // whole.element_size())
+        device = modules[module].weight.device
+        result.setdefault(module, {})[parameter] = tensor if device == cpu else tensor.to(device)
+    return result
+
+
+def _take_out(model: nn.Module, path: str, wrapper: nn.Module) -> None:
+    """Put what `wrapper` is around in its place. A tree that somebody else has changed is left alone."""
+    *above, key = path.split(".")
+    parent: Any = model
+    for part in above:
+        parent = unwrap(parent._modules[part])
+    while parent._modules.get(key) is not None:
+        module = parent._modules[key]
+        inner = "base_layer" if isinstance(module, AdaptedLayer) else "original_module"
+        if module is wrapper:
+            parent._modules[key] = module._modules[inner]
+            return
+        if not isinstance(module, (AdaptedLayer, SavedModule)):
+            return
+        parent, key = module, inner
+
+
+def join_peft() -> None:
+    """Make our layers instances of PEFT's abstract classes, if peft is imported."""
+    import sys
+
+    peft = sys.modules.get("peft")
+    if peft is None or getattr(join_peft, "done", False):
+        return
+    from peft.tuners.adalora import AdaLoraLayer
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    BaseTunerLayer.register(AdaptedLayer)
+    LoraLayer.register(torch_lora.LoraLayer)
+    AdaLoraLayer.register(torch_adalora.AdaLoraLayer)
+    IA3Layer.register(torch_ia3.IA3Layer)
+    SavedModule.__bases__ = (ModulesToSaveWrapper,)
+    join_peft.done = True
+
+
+__all__ = ["TorchRegistry", "join_peft", "walk"]

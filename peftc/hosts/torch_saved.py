@@ -1,0 +1,92 @@
+"""modules_to_save on torch models: a module, and the copy of it that each adapter brings."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from .torch_layers import AdaptedLayer, Switch, module_dict
+
+
+class SavedModule(nn.Module):
+    """Runs the copy of the active adapter that has one here, else the original.
+
+    Names are those of PEFT's wrapper: `original_module.*` and `modules_to_save.<adapter>.*`. Once peft is imported,
+    its `ModulesToSaveWrapper` is a base of this class (`torch_host.join_peft`), so that isinstance holds.
+    """
+
+    _peftc: Switch
+
+    @classmethod
+    def around(cls, module: nn.Module, switch: Switch) -> "SavedModule":
+        wrapper = cls.__new__(cls)
+        nn.Module.__init__(wrapper)
+        wrapper._modules["original_module"] = module
+        wrapper._modules["modules_to_save"] = module_dict()
+        wrapper._peftc = switch
+        wrapper.training = module.training
+        return wrapper
+
+    def copies(self) -> dict[str, nn.Module]:
+        """adapter name → its module"""
+        return self._modules["modules_to_save"]._modules
+
+    def chosen(self) -> nn.Module:
+        """The module that runs now."""
+        switch, copies = self._peftc, self.copies()
+        if switch.enabled:
+            for name in switch.active:
+                if name in copies:
+                    return copies[name]
+        return self._modules["original_module"]
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return self.chosen()(*args, **kwargs)
+        batch, copies = args[0], self.copies()
+        parts: list[Any] = [None] * len(adapter_names)
+        for name in dict.fromkeys(adapter_names):
+            rows = [i for i, n in enumerate(adapter_names) if n == name]
+            module = copies.get(name, self._modules["original_module"])
+            for row, result in zip(rows, module(batch[rows], *args[1:], **kwargs), strict=True):
+                parts[row] = result
+        return torch.stack(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or name.startswith("__") or name == "_peftc":
+                raise
+            return getattr(self.chosen(), name)
+
+    @property
+    def active_adapter(self) -> Any:
+        return next((name for name in self._peftc.active if name in self.copies()), [])
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self._peftc.active if name in self.copies()]
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self._peftc.enabled
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy for an adapter to train: without the adapters of others that may sit inside."""
+    made = copy.deepcopy(module)
+    made = unwrap(made)
+    for parent in list(made.modules()):
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, (AdaptedLayer, SavedModule)):
+                parent._modules[key] = unwrap(child)
+    return made
+
+
+def unwrap(module: Any) -> nn.Module:
+    """The module as it was before any adapter."""
+    while isinstance(module, (AdaptedLayer, SavedModule)):
+        module = module._modules["base_layer" if isinstance(module, AdaptedLayer) else "original_module"]
+    return module

@@ -1,0 +1,94 @@
+"""The module tree of a torch model as it is without adapters: names, places, and what the core needs to know of each.
+
+Adapted layers and saved modules are looked through: a name means the same module whether it is wrapped or not.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .torch_saved import unwrap
+
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+FROM_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(dotted name, module without adapters) for every module, the model first as ""; each module once."""
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        module = unwrap(module)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        prefix = f"{name}." if name else ""
+        stack += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+
+
+def place(model: nn.Module, path: str) -> tuple[Any, str]:
+    """(parent, key) such that parent._modules[key] is the outermost wrapper of the module called `path`.
+
+    Inside a saved module that is the original's place: what an adapter trains of its own is not adapted.
+    """
+    *above, key = path.split(".")
+    parent: Any = model
+    for part in above:
+        parent = unwrap(parent._modules[part])
+    while type(parent._modules[key]).__name__ == "SavedModule":
+        parent, key = parent._modules[key], "original_module"
+    return parent, key
+
+
+def kind_of(module: nn.Module) -> str:
+    """torch's class name of what the module does, "" for a module that no adapter has native code for."""
+    if type(module) in _EXACT:
+        return _EXACT[type(module)]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "Conv1D"
+    # Subclasses compute the same unless they replace forward (quantised layers do).
+    for base, kind in _EXACT.items():
+        if isinstance(module, base) and type(module).forward is base.forward:
+            return kind
+    return ""
+
+
+_EXACT: dict[type, str] = {nn.Linear: "Linear", nn.Conv2d: "Conv2d", nn.Embedding: "Embedding"}
+
+
+def _address(tensor: Any, holders: list[Any]) -> int | None:
+    if tensor is None or tensor.device.type == "meta" or tensor.dtype not in DTYPES:
+        return None
+    held = tensor.detach().cpu().contiguous()
+    holders.append(held)
+    return int(held.data_ptr())
+
+
+def describe(module: nn.Module, holders: list[Any], with_values: bool) -> tuple[Any, ...]:
+    """The module as `AdapterRegistry.bind` takes those of other libraries.
+
+    holders keeps the tensors whose addresses are given alive; with_values=False gives none.
+    """
+    kind = kind_of(module)
+    name = type(module).__name__
+    if not kind:
+        return (name, "", "", 0, 0, None, None, False)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    dtype = DTYPES.get(weight.dtype, "I8")
+    address = _address(weight, holders) if with_values else None
+    bias_address = _address(bias, holders) if with_values else None
+    if kind == "Conv2d":
+        module_: Any = module
+        padding = module_.padding
+        if isinstance(padding, str):
+            padding = tuple(module_._reversed_padding_repeated_twice[::-2]) if padding == "same" else (0, 0)
+        extents = (module_.in_channels, module_.out_channels)
+        geometry = (module_.kernel_size, module_.stride, tuple(padding), module_.dilation, module_.groups)
+        return (name, kind, dtype, *extents, address, bias_address, bias is not None, *geometry)
+    rows, columns = weight.shape
+    extents = (columns, rows) if kind == "Linear" else (rows, columns)
+    return (name, kind, dtype, *extents, address, bias_address, bias is not None)

@@ -1,0 +1,164 @@
+/* AdapterRegistry: modules that belong to another library (torch), and an adapter's tensors as a plan that such a host
+ * makes its own objects from.
+ *
+ * The core works on shapes, dtypes and addresses; whose objects they come from does not matter to it.  A foreign module
+ * is described by a tuple, so that a host needs no type of ours. */
+#include "py_registry.h"
+
+#include "../core/dtype.h"
+#include "arrays.h"
+
+static const struct {
+    const char *name;
+    pc_kind kind;
+} foreign_kinds[] = {
+    {"", PC_CONTAINER},         {"Linear", PC_LINEAR},       {"Conv1D", PC_CONV1D},
+    {"Conv2d", PC_CONV2D},      {"Embedding", PC_EMBEDDING}, {"LayerNorm", PC_LAYERNORM},
+    {"RMSNorm", PC_RMSNORM},
+};
+
+static int kind_from_name(const char *name, pc_kind *kind)
+{
+    for (size_t i = 0; i < sizeof foreign_kinds / sizeof *foreign_kinds; i++) {
+        if (strcmp(name, foreign_kinds[i].name) == 0) {
+            *kind = foreign_kinds[i].kind;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "unknown kind of module \"%s\"", name);
+    return -1;
+}
+
+/* What a module's row may not be: the core multiplies these. */
+static int check_geometry(const pc_module *entry)
+{
+    int64_t product;
+    bool fits = entry->in_features >= 0 && entry->out_features >= 0 && entry->groups >= 1 &&
+                !__builtin_mul_overflow(entry->in_features, entry->out_features, &product);
+    for (int d = 0; d < 2 && fits && entry->kind == PC_CONV2D; d++)
+        fits = entry->kernel[d] >= 1 && entry->stride[d] >= 1 && entry->padding[d] >= 0 && entry->dilation[d] >= 1 &&
+               !__builtin_mul_overflow(product, entry->kernel[d], &product);
+    if (fits && product <= PTRDIFF_MAX / 8)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "module %s has impossible extents", entry->name);
+    return -1;
+}
+
+int registry_describe_foreign(PyObject *row, pc_module *entry)
+{
+    const char *class_name, *kind, *dtype;
+    PyObject *weight, *bias, *has_bias;
+    long long in, out, geometry[9] = {1, 1, 1, 1, 0, 0, 1, 1, 1};
+    if (!PyArg_ParseTuple(row,
+                          "sssLLOOO|(LL)(LL)(LL)(LL)L;a foreign module is (class name, kind, dtype, in, out, weight's "
+                          "address, bias's address, has bias[, kernel, stride, padding, dilation, groups])",
+                          &class_name, &kind, &dtype, &in, &out, &weight, &bias, &has_bias, &geometry[0], &geometry[1],
+                          &geometry[2], &geometry[3], &geometry[4], &geometry[5], &geometry[6], &geometry[7],
+                          &geometry[8]) ||
+        kind_from_name(kind, &entry->kind) < 0)
+        return -1;
+    entry->opaque = true;
+    entry->class_name = class_name;
+    if (entry->kind == PC_CONTAINER)
+        return 0;
+    entry->dtype = pc_dtype_from_name(dtype, strlen(dtype));
+    entry->in_features = in;
+    entry->out_features = out;
+    entry->has_weight = true;
+    entry->has_bias = PyObject_IsTrue(has_bias) == 1;
+    for (int d = 0; d < 2; d++) {
+        entry->kernel[d] = geometry[d];
+        entry->stride[d] = geometry[2 + d];
+        entry->padding[d] = geometry[4 + d];
+        entry->dilation[d] = geometry[6 + d];
+    }
+    entry->groups = geometry[8];
+    if (weight != Py_None)
+        entry->weight = PyLong_AsVoidPtr(weight);
+    if (bias != Py_None)
+        entry->bias = PyLong_AsVoidPtr(bias);
+    return PyErr_Occurred() ? -1 : check_geometry(entry);
+}
+
+/* ---------------------------------------------------------------------- layout */
+
+static PyObject *tensor_row(const pc_registry *core, const pc_adapter *adapter, const pc_tensor *tensor, pc_pool *pool)
+{
+    const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)core)->items[tensor->module];
+    pc_string key;
+    pc_error err;
+    if (pc_tensor_name(core, adapter, tensor, false, pool, &key, &err) != PC_OK)
+        return PyErr_NoMemory();
+    const char *role = tensor->role == PC_ROLE_BASE_BIAS ? "bias" : "";
+    for (size_t i = 0; i < adapter->method->role_count; i++)
+        if (adapter->method->roles[i].role == tensor->role)
+            role = adapter->method->roles[i].parameter;
+    const char *suffix = strrchr(key.text, '.');
+    if (strcmp(role, "lora_B") == 0 && suffix != NULL && strcmp(suffix, ".bias") == 0)
+        role = "lora_B.bias";
+    PyObject *shape = PyTuple_New(tensor->ndim);
+    for (int d = 0; shape != NULL && d < tensor->ndim; d++) {
+        PyObject *extent = PyLong_FromLongLong(tensor->shape[d]);
+        if (extent == NULL)
+            Py_CLEAR(shape);
+        else
+            PyTuple_SET_ITEM(shape, d, extent);
+    }
+    if (shape == NULL)
+        return NULL;
+    return Py_BuildValue("(s#s#ssNnOO)", key.text, (Py_ssize_t)key.len, module->name, (Py_ssize_t)module->name_len,
+                         role, pc_dtype_get(tensor->dtype)->name, shape, (Py_ssize_t)tensor->offset,
+                         tensor->in_state_dict ? Py_True : Py_False, tensor->trainable ? Py_True : Py_False);
+}
+
+static PyObject *slot_row(const pc_registry *core, const pc_slot *slot)
+{
+    const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)core)->items[slot->module];
+    return Py_BuildValue("(s#OLddO)", module->name, (Py_ssize_t)module->name_len, slot->adapts ? Py_True : Py_False,
+                         (long long)slot->rank, slot->alpha, slot->scaling, slot->feedforward ? Py_True : Py_False);
+}
+
+const char registry_layout_doc[] =
+    "layout($self, name, /)\n--\n\n"
+    "An adapter as a host that makes its own tensors needs it: (arena, tensors, slots).\n\n"
+    "arena is a writable uint8 array over all tensors; it keeps them alive. tensors is a list of (state-dict key, "
+    "module, parameter, dtype, shape, offset in bytes, in the state dict?, trainable?), slots one of (module, "
+    "adapts?, rank, alpha, scaling, feedforward?).";
+
+PyObject *registry_layout(PyObject *op, PyObject *arg)
+{
+    registry_object *self = (registry_object *)op;
+    peftc_state *state = registry_state(self);
+    pc_adapter *adapter = registry_find_adapter(self, arg);
+    if (adapter == NULL)
+        return NULL;
+    pc_adapter_retain(adapter);
+    pc_pool pool;
+    pc_pool_init(&pool);
+    npy_intp bytes = (npy_intp)pc_arena_size(adapter->arena);
+    PyObject *owner = registry_arena(state, adapter->arena);
+    PyObject *arena = owner != NULL
+                          ? peftc_array_over(state, PC_U8, 1, &bytes, pc_arena_data(adapter->arena), owner, 1)
+                          : NULL;
+    PyObject *tensors = arena != NULL ? PyList_New((Py_ssize_t)adapter->tensor_count) : NULL;
+    PyObject *slots = tensors != NULL ? PyList_New((Py_ssize_t)adapter->slot_count) : NULL;
+    bool made = slots != NULL;
+    for (size_t i = 0; made && i < adapter->tensor_count; i++) {
+        PyObject *row = tensor_row(self->core, adapter, &adapter->tensors[i], &pool);
+        made = row != NULL;
+        PyList_SET_ITEM(tensors, (Py_ssize_t)i, row);
+    }
+    for (size_t i = 0; made && i < adapter->slot_count; i++) {
+        PyObject *row = slot_row(self->core, &adapter->slots[i]);
+        made = row != NULL;
+        PyList_SET_ITEM(slots, (Py_ssize_t)i, row);
+    }
+    PyObject *result = made ? PyTuple_Pack(3, arena, tensors, slots) : NULL;
+    Py_XDECREF(slots);
+    Py_XDECREF(tensors);
+    Py_XDECREF(arena);
+    Py_XDECREF(owner);
+    pc_pool_free(&pool);
+    pc_adapter_release(adapter);
+    return result;
+}

@@ -1,0 +1,322 @@
+"""Adapters on torch models: peftc beside Transformers' mixin with PEFT, on two copies of one model."""
+
+import copy
+import io
+import json
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+from transformers.pytorch_utils import Conv1D
+
+import peftc
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.up = nn.Linear(8, 12)
+        self.mid = Conv1D(10, 12)
+        self.down = nn.Linear(10, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        image = x.reshape(x.shape[0], 2, -1, 4)
+        x = x + self.conv(image).mean(1).reshape(x.shape[0], -1, 4).repeat(1, 1, 2)[:, : x.shape[1]]
+        return self.head(self.norm(self.down(torch.tanh(self.mid(torch.tanh(self.up(x)))))))
+
+
+class Theirs(PeftAdapterMixin, Body):
+    device = torch.device("cpu")
+
+
+class Ours(peftc.PeftAdapterMixin, Body):
+    pass
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(r=4, target_modules=["up", "mid", "down"]),
+    "pattern": lambda: peft.LoraConfig(r=4, target_modules="all-linear", rank_pattern={"up": 2}, use_rslora=True),
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=["up", "mid", "conv", "embed"], use_dora=True),
+    "conv": lambda: peft.LoraConfig(r=2, target_modules=["conv", "embed"], init_lora_weights=False),
+    "bias": lambda: peft.LoraConfig(r=2, target_modules=["up"], bias="all"),
+    "bias_of_adapted": lambda: peft.LoraConfig(r=2, target_modules=["up", "mid"], bias="lora_only"),
+    "lora_bias": lambda: peft.LoraConfig(r=2, target_modules=["up", "mid"], lora_bias=True),
+    "head": lambda: peft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["up", "down", "conv"], feedforward_modules=["down"]),
+    "ia3_linear": lambda: peft.IA3Config(target_modules=["up", "mid"], feedforward_modules=["up"]),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_modules=["up", "mid"], total_step=10),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pair(dtype=torch.float32):
+    torch.manual_seed(0)
+    theirs, ours = Theirs().to(dtype), Ours().to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def same_values(theirs, ours):
+    """Give ours the values of theirs (fresh adapters draw other numbers), zero factors made different from zero."""
+    mine = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if not ("lora_" in name or "ia3_" in name or "modules_to_save" in name or parameter.requires_grad):
+                continue
+            if parameter.numel() and not parameter.any():
+                parameter.normal_(std=0.3)
+            mine[name].copy_(parameter)
+
+
+def add_both(config, name="a", dtype=torch.float32):
+    theirs, ours = pair(dtype)
+    theirs.add_adapter(CONFIGS[config](), name)
+    ours.add_adapter(CONFIGS[config](), name)
+    theirs.eval()
+    ours.eval()
+    same_values(theirs, ours)
+    return theirs, ours
+
+
+def flags(model):
+    """requires_grad by name. PEFT's magnitudes of convolutions and embeddings do not follow what is active."""
+    odd = ("conv.lora_magnitude", "embed.lora_magnitude")
+    return {n: p.requires_grad for n, p in model.named_parameters() if not n.startswith(odd)}
+
+
+def assert_same(theirs, ours, tolerance=1e-5):
+    assert flags(theirs) == flags(ours)
+    torch.testing.assert_close(ours(IDS), theirs(IDS), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_add(config):
+    theirs, ours = add_both(config)
+    assert list(dict(theirs.named_parameters())) == list(dict(ours.named_parameters()))
+    assert set(theirs.state_dict()) == set(ours.state_dict())
+    assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradients(config):
+    theirs, ours = add_both(config)
+    for model in (theirs, ours):
+        model(IDS).square().sum().backward()
+    mine = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert (parameter.grad is None) == (mine[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(mine[name].grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", ["lora", "ia3", "adalora"])
+def test_dtypes(config, dtype):
+    theirs, ours = add_both(config, dtype=dtype)
+    assert {p.dtype for n, p in ours.named_parameters() if "lora_" in n or "ia3_" in n} == {dtype}
+    torch.testing.assert_close(ours(IDS), theirs(IDS), rtol=1e-9 if dtype is torch.float64 else 0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_state_dict_and_file(config, tmp_path):
+    theirs, ours = add_both(config)
+    expected, state = theirs.get_adapter_state_dict(), ours.get_adapter_state_dict()
+    if config == "bias_of_adapted":  # PEFT loses the trained biases
+        assert set(state) - set(expected) == {"up.base_layer.bias", "mid.base_layer.bias"}
+    else:
+        assert set(state) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value)
+    ours.save_adapter(tmp_path / "saved")
+    _, again = pair()
+    again.load_adapter(tmp_path / "saved")
+    torch.testing.assert_close(again(IDS), ours(IDS))
+    if config not in ("bias_of_adapted",):
+        reader, _ = pair()
+        reader.load_adapter(str(tmp_path / "saved"))
+        reader.eval()
+        torch.testing.assert_close(reader(IDS), ours(IDS), rtol=1e-5, atol=1e-5)
+    written = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert set(written) == {f"base_model.model.{key}" for key in state}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_disable_delete(config):
+    _, plain = pair()
+    _, ours = add_both(config)
+    before = plain(IDS)
+    with_adapter = ours(IDS)
+    ours.disable_adapters()
+    assert torch.equal(ours(IDS), before)
+    ours.enable_adapters()
+    assert torch.equal(ours(IDS), with_adapter)
+    ours.delete_adapter("a")
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert torch.equal(ours(IDS), before)
+    assert not hasattr(ours, "peft_config") and not ours._hf_peft_config_loaded
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if "bias" not in c])
+def test_merge(config):
+    _, ours = add_both(config)
+    expected, weights = ours(IDS), copy.deepcopy(ours.state_dict())
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(IDS), expected, rtol=1e-4, atol=1e-4)
+    ours.unmerge_adapter()
+    assert all(torch.equal(weights[k], v) for k, v in ours.state_dict().items())
+    assert torch.equal(ours(IDS), expected)
+
+
+@pytest.mark.parametrize("first", ["lora", "ia3_linear", "adalora", "dora"])  # PEFT nests no convolutions
+@pytest.mark.parametrize("second", ["lora", "pattern", "ia3_linear", "conv"])
+def test_two_adapters(first, second):
+    theirs, ours = add_both(first)
+    for model in (theirs, ours):
+        model.add_adapter(CONFIGS[second](), "b")
+        model.eval()
+    same_values(theirs, ours)
+    assert_same(theirs, ours)
+    for names in (["a"], ["a", "b"], ["b", "a"], "b"):
+        theirs.set_adapter(names)
+        ours.set_adapter(names)
+        assert ours.active_adapters() == ([names] if isinstance(names, str) else names)
+        assert_same(theirs, ours)
+    theirs.disable_adapters()
+    ours.disable_adapters()
+    assert_same(theirs, ours)
+    theirs.enable_adapters()
+    ours.enable_adapters()
+    assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_copies(config):
+    _, ours = add_both(config)
+    ours.add_adapter(peft.LoraConfig(r=3, target_modules=["up", "down"]), "b")
+    ours.set_adapter("a")
+    ours.eval()
+    expected = ours(IDS)
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for made in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(made(IDS), expected)
+        made.set_adapter("b")
+        assert torch.equal(ours(IDS), expected)
+        made.delete_adapter(["a", "b"])
+        assert torch.equal(ours(IDS), expected)
+        assert not any("lora_" in n or "ia3_" in n for n, _ in made.named_parameters())
+
+
+def test_replaced_tensors_reach_the_kernels():
+    _, ours = add_both("lora")
+    ours.up.lora_B["a"].weight.data = torch.zeros(12, 4)
+    ours.down.lora_B["a"].weight = nn.Parameter(torch.zeros(8, 4))
+    ours.mid.lora_B["a"].weight.data.zero_()
+    _, plain = pair()
+    torch.testing.assert_close(ours(IDS), plain(IDS))
+    half = copy.deepcopy(ours).to(torch.bfloat16)
+    assert half(IDS).dtype is torch.bfloat16
+
+
+def test_refused_calls_change_nothing():
+    _, ours = add_both("head")
+    names, out = {n: p.requires_grad for n, p in ours.named_parameters()}, ours(IDS)
+    bad = [
+        (ValueError, lambda: ours.add_adapter(peft.LoraConfig(target_modules=["nowhere"]), "b")),
+        (ValueError, lambda: ours.add_adapter(peft.LoraConfig(target_modules=["norm"]), "b")),
+        (ValueError, lambda: ours.add_adapter(peft.LoraConfig(target_modules=["up"]), "a")),
+        (ValueError, lambda: ours.add_adapter(peft.LoraConfig(target_modules=["up"], r=0), "b")),
+        (TypeError, lambda: ours.add_adapter({"peft_type": "LORA"}, "b")),
+        (ValueError, lambda: ours.set_adapter(["a", "b"])),
+        (ValueError, lambda: ours.delete_adapter(["a", "b"])),
+        (KeyError, lambda: ours.load_adapter(peft_config=CONFIGS["head"](), adapter_state_dict={}, adapter_name="b")),
+    ]
+    for error, call in bad:
+        with pytest.raises(error):
+            call()
+        assert {n: p.requires_grad for n, p in ours.named_parameters()} == names
+        assert torch.equal(ours(IDS), out)
+        assert list(ours.peft_config) == ["a"]
+    fresh = Ours()
+    with pytest.raises(ValueError, match="nowhere"):
+        fresh.add_adapter(peft.LoraConfig(target_modules=["nowhere"]))
+    assert not fresh._hf_peft_config_loaded and not hasattr(fresh, "peft_config")
+
+
+def test_instances_of_pefts_classes():
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    _, ours = add_both("head")
+    assert isinstance(ours.up, BaseTunerLayer) and isinstance(ours.up, LoraLayer)
+    assert isinstance(ours.head, ModulesToSaveWrapper)
+    assert ours.head.weight is ours.head.modules_to_save["a"].weight
+
+
+def test_trained_adalora_loads():
+    """A learned rank_pattern, which Transformers' mixin cannot load."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = "tests/data/real/news"
+    with open(f"{folder}/adapter_config.json") as file:
+        assert json.load(file)["rank_pattern"]
+    with peftc.patch_transformers():
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        model = BertForSequenceClassification(config)
+        model.load_adapter(folder)
+        assert model.active_adapters() == ["default"]
+
+
+def test_patch_and_undo(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    ids = torch.arange(6)[None]
+    before = PeftAdapterMixin.add_adapter
+    patch = peftc.patch_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False), "mine")
+        assert type(model.model.layers[0].self_attn.q_proj).__module__.startswith("peftc.")
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path / "adapter")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        again.load_adapter(str(tmp_path / "adapter"))
+        torch.testing.assert_close(again(ids).logits, expected)
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        torch.testing.assert_close(whole(ids).logits, expected)
+    finally:
+        patch.undo()
+    assert PeftAdapterMixin.add_adapter is before
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain.load_adapter(str(tmp_path / "adapter"))
+    assert type(plain.model.layers[0].self_attn.q_proj).__module__.startswith("peft.")
+    torch.testing.assert_close(plain(ids).logits, expected)
+    with peftc.patch_transformers():
+        plain.disable_adapters()  # made by PEFT before: PEFT's own methods
+    assert not torch.allclose(plain(ids).logits, expected)
