@@ -1,0 +1,354 @@
+"""The reference of the lockstep tests: Transformers' mixin with PEFT on a model.
+
+Where peftc differs on purpose (docs/differences.md) the reference is brought to the documented state from outside; each
+such place says "difference" and what it is. Everything else is what Transformers and PEFT do by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+PREFIX = "base_model.model."
+FAMILY = {"LORA": "lora", "ADALORA": "lora", "IA3": "ia3"}
+
+
+def method_of(config) -> str:
+    return getattr(config.peft_type, "value", config.peft_type)
+
+
+@contextlib.contextmanager
+def _heads_follow():
+    """Difference: an adapter that does not replace a module leaves it alone; the reference raises halfway."""
+    original = ModulesToSaveWrapper.set_adapter
+
+    def set_adapter(wrapper, names):
+        names = [names] if isinstance(names, str) else names
+        known = [name for name in names if name in wrapper._adapters]
+        if known:
+            original(wrapper, known)
+
+    ModulesToSaveWrapper.set_adapter = set_adapter
+    try:
+        yield
+    finally:
+        ModulesToSaveWrapper.set_adapter = original
+
+
+class Reference:
+    """A model with Transformers' mixin.
+
+    Attributes:
+        model: the model.
+        active: names of the active adapters. Difference: one list for the model, not one per layer.
+        enabled: whether adapters apply. Difference: the model's state, not each layer's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.active: list[str] = []
+        self.enabled = True
+        self.residuals: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+        self.biases: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+        self.biases_in: set[str] = set()
+        self.optimiser = None
+
+    # ------------------------------------------------------------ looking
+
+    def names(self) -> list[str]:
+        return list(self.model.peft_config) if self.model._hf_peft_config_loaded else []
+
+    def of_type(self, *types: type) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, types)]
+
+    def heads(self, name: str) -> set[int]:
+        """The modules that adapter `name` replaces."""
+        return {id(wrapper) for wrapper in self.of_type(ModulesToSaveWrapper) if name in wrapper.modules_to_save}
+
+    def own(self, name: str) -> dict[str, nn.Parameter]:
+        """Path → parameter of adapter `name`, without modules_to_save."""
+        return {
+            path: parameter
+            for path, parameter in self.model.named_parameters()
+            if name in path.split(".") and "modules_to_save" not in path.split(".")
+        }
+
+    def trains(self, name: str) -> bool:
+        return any(parameter.requires_grad for parameter in self.own(name).values())
+
+    def adapted(self, name: str) -> list[nn.Module]:
+        return [
+            module
+            for module in self.of_type(BaseTunerLayer)
+            if any(name in getattr(module, field) for field in module.adapter_layer_names)
+        ]
+
+    def active_adapters(self) -> list[str]:
+        raw = self.model.active_adapters()  # raises when nothing is loaded
+        families = {FAMILY[method_of(config)] for config in self.model.peft_config.values()}
+        if len(families) == 1 and self.of_type(BaseTunerLayer):
+            assert list(raw) == self.active, (raw, self.active)
+        return list(self.active)
+
+    # ---------------------------------------------------------- undoing
+
+    def snapshot(self):
+        """A function that puts back everything a call may change. Difference: a refused call changes nothing."""
+        modules = [
+            (module, {key: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+                      for key, value in module.__dict__.items()})
+            for module in self.model.modules()
+        ]  # fmt: skip
+        parameters = [(p, p.data, p.data.clone(), p.requires_grad) for p in self.model.parameters()]
+        mine = {key: copy.copy(value) for key, value in vars(self).items() if key not in ("model", "optimiser")}
+
+        def restore() -> None:
+            for module, values in modules:
+                module.__dict__.clear()
+                module.__dict__.update(values)
+            for parameter, data, values, flag in parameters:
+                parameter.data = data
+                data.copy_(values)
+                parameter.requires_grad_(flag)
+            vars(self).update(mine)
+
+        return restore
+
+    # ---------------------------------------------------------- the calls
+
+    def add(self, config, name) -> None:
+        before = self._begin()
+        with _heads_follow():
+            self.model.add_adapter(config, name)
+        name = name or "default"
+        self.active = [name]
+        self._adopt(name, config, before)
+
+    def load(self, folder, name, **options) -> None:
+        """Difference: low_cpu_mem_usage changes nothing but memory."""
+        options.pop("low_cpu_mem_usage", None)
+        before = self._begin()
+        with _heads_follow():
+            self.model.load_adapter(folder, name, **options)
+        name = "default" if name is None else name
+        config = self.model.peft_config[name]
+        family, heads = FAMILY[method_of(config)], self.heads(name)
+        # Difference: a head and its adapter are active together, so the other family's adapter with that head goes.
+        kept = [
+            other
+            for other in self.active
+            if FAMILY[method_of(self.model.peft_config[other])] != family and not heads & self.heads(other)
+        ]
+        self.active = [*kept, name]
+        self._adopt(name, config, before)
+
+    def set(self, names) -> None:
+        """Difference: a repeated name counts once, the caller's list is not kept."""
+        if isinstance(names, list):
+            names = list(dict.fromkeys(names))
+        self._begin()
+        with _heads_follow():
+            self.model.set_adapter(names)
+        self.active = [names] if isinstance(names, str) else names
+        self.settle()
+
+    def disable(self) -> None:
+        self.model.disable_adapters()
+        self.enabled = False
+        self.settle()
+
+    def enable(self) -> None:
+        self.model.enable_adapters()
+        self.enabled = True
+        self.settle()
+
+    def delete(self, names) -> None:
+        self._begin()
+        self._follow_magnitudes()
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.delete_adapter(names)
+        for parameter, flag in flags:  # difference: the flags of what stays active stay
+            parameter.requires_grad = flag
+        gone = [names] if isinstance(names, str) else list(names)
+        for layer in self.of_type(BaseTunerLayer):  # difference: a name that is used again is not DoRA again
+            for field in ("use_dora", "lora_variant", "lora_bias", "lora_magnitude_vector"):
+                for name in gone:
+                    if name in getattr(layer, field, {}):
+                        del getattr(layer, field)[name]
+        self._delete_heads(gone)
+        for name in gone:
+            self.residuals.pop(name, None)
+            for parameter, other in self.biases.pop(name, []):
+                if name in self.biases_in:
+                    parameter.data = other.to(parameter.dtype)
+                parameter.requires_grad = False
+            self.biases_in.discard(name)
+        had, left = self.active, [name for name in self.active if name not in gone]
+        self.active = left
+        if not self.names():
+            self.enabled, self.active = True, []
+            self._unwrap()
+        elif had and not left:  # difference: one heir for the model, not one per layer
+            self.active = [min(self.names())]
+            with _heads_follow():
+                self._begin()
+                self.model.set_adapter(self.active)
+        self.settle()
+
+    def state_dict(self, name, given=None) -> dict[str, torch.Tensor]:
+        state = self.model.get_adapter_state_dict(name, given)
+        name = self.active[0] if name is None else name
+        config = self.model.peft_config[name]
+        others = set(self.names()) - {name}
+        # Difference: an adapter's state dict has its own tensors only (IA3; bias="all" with lora_bias).
+        state = {key: value for key, value in state.items() if others.isdisjoint(key.split("."))}
+        # Difference: bias="all" does not save a head's bias under names that nothing loads.
+        state = {
+            key: value
+            for key, value in state.items()
+            if not {"original_module", "modules_to_save"} & set(key.split("."))
+        }
+        paths = {id(parameter): path for path, parameter in self.model.named_parameters()}
+        for parameter, other in self.biases.get(name, []):
+            path = paths[id(parameter)]
+            if getattr(config, "bias", "none") == "lora_only" or path in state:
+                # Difference: bias="lora_only" is saved, and biases belong to the adapter while it is inactive, too.
+                state[path] = parameter.detach() if name in self.biases_in else other
+        return state
+
+    def save(self, folder, name) -> None:
+        """What `save_pretrained` of PEFT or Transformers writes; name None is the latter's choice, the active one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if name is None and hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(folder)
+            name = self.active_adapters()[0]
+        else:
+            config = self.model.peft_config[name]
+            mode, config.inference_mode = config.inference_mode, True
+            config.save_pretrained(folder)
+            config.inference_mode = mode
+        state = {PREFIX + key: value.contiguous() for key, value in self.state_dict(name).items()}
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @contextlib.contextmanager
+    def running(self):
+        """Difference: what pissa and olora take out of the base weights is out only while they are active."""
+        changed = {}
+        if self.enabled:
+            for name in self.active:
+                for parameter, delta in self.residuals.get(name, []):
+                    changed.setdefault(parameter, parameter.data)
+                    parameter.data = parameter.data - delta
+        try:
+            yield
+        finally:
+            for parameter, data in changed.items():
+                parameter.data = data
+
+    def copied(self, copier) -> Reference:
+        self.optimiser = None
+        return copier(self)
+
+    def patched(self):
+        return contextlib.nullcontext()
+
+    # ------------------------------------------------- between the calls
+
+    def _begin(self):
+        """Values before a call. Heads get a state from which PEFT can switch them."""
+        for wrapper in self.of_type(ModulesToSaveWrapper):
+            wrapper._active_adapter = next(iter(wrapper.modules_to_save))
+        return {parameter: parameter.data.clone() for parameter in self.model.parameters()}
+
+    def _adopt(self, name, config, before) -> None:
+        """A new adapter is in: what belongs to it, and not to the model, is taken note of."""
+        if str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora")):
+            # Difference: the base weights stay as they were; what was taken out of them is the adapter's.
+            self.residuals[name] = []
+            for parameter, data in before.items():
+                if not torch.equal(parameter.data, data):
+                    self.residuals[name].append((parameter, data - parameter.data))
+                    parameter.data = data
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            mine = {id(layer.get_base_layer().bias) for layer in self.adapted(name) if isinstance(layer, LoraLayer)}
+            self.biases[name] = [
+                (parameter, before[parameter])
+                for path, parameter in self.model.named_parameters()
+                if (id(parameter) in mine if bias == "lora_only" else self._is_base_bias(path))
+            ]
+            self.biases_in.add(name)
+        # Difference: fan_in_fan_out is that of the last layer for every adapter, not for the first on a layer only.
+        for layer in self.adapted(name):
+            base = layer.get_base_layer()
+            if isinstance(base, (nn.Linear, Conv1D)):
+                config.fan_in_fan_out = isinstance(base, Conv1D)
+        self.settle()
+
+    @staticmethod
+    def _is_base_bias(path: str) -> bool:
+        parts = path.split(".")
+        return "bias" in parts[-1] and not any(part.startswith(("lora_", "ia3_")) for part in parts) and not (
+            {"modules_to_save", "original_module"} & set(parts)
+        )  # fmt: skip
+
+    def _follow_magnitudes(self) -> None:
+        """Difference: DoRA's magnitude on convolutions and embeddings obeys set, disable and delete."""
+        for layer in self.of_type(LoraLayer):
+            for name, module in layer.lora_magnitude_vector.items():
+                factors = layer.lora_A[name].weight if name in layer.lora_A else layer.lora_embedding_A[name]
+                module.requires_grad_(factors.requires_grad)
+
+    def _delete_heads(self, names) -> None:
+        """Difference: deleting an adapter deletes its heads."""
+        for parent in list(self.model.modules()):
+            for child, wrapper in list(parent.named_children()):
+                if isinstance(wrapper, ModulesToSaveWrapper):
+                    for name in names:
+                        wrapper._adapters.discard(name)
+                        if name in wrapper.modules_to_save:
+                            del wrapper.modules_to_save[name]
+                    if not wrapper.modules_to_save:
+                        setattr(parent, child, wrapper.original_module)
+
+    def _unwrap(self) -> None:
+        """Difference: without adapters the base layers are back under their own names."""
+        for parent in list(self.model.modules()):
+            for child, module in list(parent.named_children()):
+                if isinstance(module, BaseTunerLayer) and not isinstance(parent, BaseTunerLayer):
+                    setattr(parent, child, module.get_base_layer())
+
+    def settle(self) -> None:
+        """Bring layers, flags and modes to what the model's state says."""
+        for layer in self.of_type(BaseTunerLayer):
+            layer._active_adapter = list(self.active)
+            layer._disable_adapters = not self.enabled  # difference: what is added while disabled stays so
+        self._follow_magnitudes()
+        training = {name: name in self.active and self.trains(name) for name in self.names()}
+        for wrapper in self.of_type(ModulesToSaveWrapper):
+            # Difference: a head is active, disabled, trained and frozen with its adapter.
+            active = [name for name in self.active if name in wrapper.modules_to_save]
+            wrapper._active_adapter = active or ["-"]  # a name that it does not have: the original module
+            wrapper._disable_adapters = not self.enabled
+            wrapper.original_module.requires_grad_(False)
+            for name, module in wrapper.modules_to_save.items():
+                module.requires_grad_(training[name])
+        for name, entries in self.biases.items():
+            # Difference: the biases of an adapter apply, and are trained, while it is active and enabled.
+            apply = self.enabled and name in self.active
+            if apply != (name in self.biases_in):
+                self.biases[name] = [(parameter, parameter.data) for parameter, _ in entries]
+                for parameter, other in entries:
+                    parameter.data = other.to(parameter.dtype)
+                self.biases_in ^= {name}
+            for parameter, _ in entries:
+                parameter.requires_grad = training[name]
+        self.model.train(self.model.training)  # difference: new layers follow the model's mode
