@@ -268,8 +268,7 @@ class PeftAdapterMixin:
         if missing or unexpected:
             _report_keys(registry, name, origin, missing, unexpected)
         if not adding and config.inference_mode:
-            model: Any = self  # the mixin's class is a model, too
-            model.eval()
+            attached.host.to_eval(self)
 
     # ------------------------------------------------------- switching adapters
 

@@ -50,6 +50,9 @@ class Host(Protocol):
     def as_array(self, tensor: Any) -> Any:
         """A caller's tensor as something that the registry reads."""
 
+    def to_eval(self, model: Any) -> None:
+        """model.eval(), at a cost that does not grow with the number of adapters."""
+
     def adapters_changed(self, model: Any, registry: AdapterRegistry) -> None:
         """Called after adapters were added or removed."""
 

@@ -87,6 +87,9 @@ class NumpyHost:
         except TypeError:  # bfloat16, float8: NumPy has no such dtype; float32 holds all their values
             return tensor.float().numpy()
 
+    def to_eval(self, model: Any) -> None:
+        model.eval()
+
     def adapters_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
         # Base parameters are frozen once there is an adapter; those of adapters follow from what is active.
         if len(registry):

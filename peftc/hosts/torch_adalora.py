@@ -23,13 +23,13 @@ class AdaLoraLayer(LoraLayer):
     method = "ADALORA"
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
-
-    @staticmethod
-    def _add_containers(layer: Any) -> None:
-        LoraLayer._add_containers(layer)
-        layer._modules["lora_dropout"] = module_dict()
-        for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
-            layer._modules[field] = parameter_dict()
+    first_containers = (
+        ("lora_dropout", module_dict),
+        ("lora_A", parameter_dict),
+        ("lora_B", parameter_dict),
+        ("lora_E", parameter_dict),
+        ("ranknum", parameter_dict),
+    )
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         _, _, rank, alpha, scaling, _ = slot

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .torch_layers import AdaptedLayer
 from .torch_registry import TorchRegistry
 from .torch_saved import unwrap
 from .torch_tree import kind_of, walk
@@ -63,6 +64,22 @@ class TorchHost:
             return tensor
         tensor = tensor.detach().cpu()
         return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+    def to_eval(self, model: Any) -> None:
+        """An adapted layer that is in eval mode has all of its adapters in it too: they are passed over."""
+        if type(model).train is not nn.Module.train or type(model).eval is not nn.Module.eval:
+            model.eval()
+            return
+        stack = [model]
+        while stack:
+            module = stack.pop()
+            if isinstance(module, AdaptedLayer) and not module.training:
+                stack.append(module._modules["base_layer"])
+            elif type(module).train is not nn.Module.train:
+                module.train(False)
+            else:
+                module.__dict__["training"] = False
+                stack += [child for child in module._modules.values() if child is not None]
 
     def adapters_changed(self, model: Any, registry: Any) -> None:
         pass

@@ -14,13 +14,9 @@ class IA3Layer(AdaptedLayer):
     method = "IA3"
     adapter_layer_names = ("ia3_l",)
     other_param_names = ("_feedforward",)
+    first_containers = (("ia3_l", parameter_dict),)
 
     _feedforward: dict[str, bool]
-
-    @staticmethod
-    def _add_containers(layer: Any) -> None:
-        layer._modules["ia3_l"] = parameter_dict()
-        layer._feedforward = {}
 
     @property
     def is_feedforward(self) -> bool:

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-_COPIED = frozenset({dict, OrderedDict, set, list})
-
-
 class Switch:
     """Which adapters of a model are active. `live` is what a forward pass reads: the active names, or none."""
 
@@ -32,31 +29,49 @@ class Switch:
         self.live = self.active if self.enabled and not self.merged else ()
 
 
-def stamp(template: Any) -> Any:
-    """A new module like `template`, sharing what is immutable: far cheaper than its constructor."""
-    made = object.__new__(type(template))
-    made.__dict__ = {key: value.copy() if type(value) in _COPIED else value for key, value in template.__dict__.items()}
-    return made
+class Template:
+    """How to make modules like a given one: far cheaper than its constructor, and without initial values."""
+
+    __slots__ = ("cls", "empty", "shared", "state")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.cls = type(module)
+        self.state = module.__dict__
+        #: attributes that are an empty dict, OrderedDict, set or list: each module gets its own
+        self.empty = [(k, type(v)) for k, v in self.state.items() if type(v) in _CONTAINERS and not v]
+        copied = [(k, v) for k, v in self.state.items() if type(v) in _CONTAINERS and v]
+        self.shared = copied
+
+    def stamp(self) -> Any:
+        made = object.__new__(self.cls)
+        state = made.__dict__
+        state.update(self.state)
+        for key, make in self.empty:
+            state[key] = make()
+        for key, value in self.shared:
+            state[key] = value.copy()
+        return made
 
 
-_TEMPLATES: dict[Any, Any] = {}
+_CONTAINERS = frozenset({dict, OrderedDict, set, list})
+_TEMPLATES: dict[Any, Template] = {}
 
 
-def template_of(key: Any, make: Any) -> Any:
-    """The template for `key`, made by `make()` when it is first asked for."""
-    found = _TEMPLATES.get(key)
-    if found is None:
+def stamp(key: Any, make: Any) -> Any:
+    """A new module like the one that `make()` gives; it is asked once per key."""
+    template = _TEMPLATES.get(key)
+    if template is None:
         with torch.device("meta"):
-            found = _TEMPLATES[key] = make()
-    return found
+            template = _TEMPLATES[key] = Template(make())
+    return template.stamp()
 
 
 def module_dict() -> nn.ModuleDict:
-    return stamp(template_of(nn.ModuleDict, nn.ModuleDict))
+    return stamp(nn.ModuleDict, nn.ModuleDict)
 
 
 def parameter_dict() -> nn.ParameterDict:
-    return stamp(template_of(nn.ParameterDict, nn.ParameterDict))
+    return stamp(nn.ParameterDict, nn.ParameterDict)
 
 
 def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Parameter) -> None:
@@ -67,16 +82,24 @@ def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Paramete
 def dropout_module(p: float, training: bool) -> nn.Module:
     """PEFT's: Identity when nothing is dropped, else Dropout."""
     if p > 0.0:
-        made = stamp(template_of(("dropout", p), lambda: nn.Dropout(p)))
+        made = stamp(("dropout", p), lambda: nn.Dropout(p))
     else:
-        made = stamp(template_of(nn.Identity, nn.Identity))
-    made.training = training
+        made = stamp(nn.Identity, nn.Identity)
+    made.__dict__["training"] = training
     return made
 
 
 def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
     """A Parameter over the tensor's own memory."""
     return torch.Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
+
+
+_EXTENTS = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
 
 
 class AdaptedLayer(nn.Module):
@@ -90,19 +113,23 @@ class AdaptedLayer(nn.Module):
     method = ""
     _peftc: Switch
 
+    #: containers that every layer of the class has, in the order of PEFT's parameters; others come when asked for
+    first_containers: tuple[tuple[str, Any], ...] = ()
+    later_containers: dict[str, Any] = {}  # noqa: RUF012
+
     @classmethod
     def around(cls, base: nn.Module, switch: Switch) -> "AdaptedLayer":
         """A layer without adapters around `base` (itself perhaps an adapted layer)."""
-        layer = stamp(template_of(cls, cls._template))
-        children = layer._modules
-        for name, child in children.items():
-            if child is not None:
-                children[name] = stamp(child)
+        layer = stamp(cls, cls._template)
+        state = layer.__dict__
+        children = state["_modules"]
         children["base_layer"] = base
-        layer._peftc = switch
-        layer.training = base.training
-        for child in children.values():
-            child.training = base.training if child is not base else child.training
+        training = base.training
+        for field, make in cls.first_containers:
+            child = children[field] = make()
+            child.__dict__["training"] = training
+        state["_peftc"] = switch
+        state["training"] = training
         layer._read_extents(layer.get_base_layer())
         return layer
 
@@ -110,24 +137,24 @@ class AdaptedLayer(nn.Module):
     def _template(cls) -> "AdaptedLayer":
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._modules["base_layer"] = None
-        cls._add_containers(layer)
+        for field in cls.other_param_names:
+            if field not in dict(cls.first_containers):
+                layer.__dict__[field] = {}
         return layer
 
-    @staticmethod
-    def _add_containers(layer: Any) -> None:
-        raise NotImplementedError
+    def __getattr__(self, name: str) -> Any:
+        make = type(self).later_containers.get(name)
+        if make is not None and "_modules" in self.__dict__ and name not in self._modules:
+            child = self._modules[name] = make()
+            child.__dict__["training"] = self.training
+        return super().__getattr__(name)
 
     def _read_extents(self, base: Any) -> None:
         """in_features and out_features, as PEFT's layers have them."""
-        for one, other in (
-            ("in_features", "out_features"),
-            ("in_channels", "out_channels"),
-            ("num_embeddings", "embedding_dim"),
-            ("nx", "nf"),
-        ):
-            if hasattr(base, one):
-                self.in_features, self.out_features = getattr(base, one), getattr(base, other)
+        theirs, mine = base.__dict__, self.__dict__
+        for one, other in _EXTENTS:
+            if one in theirs:
+                mine["in_features"], mine["out_features"] = theirs[one], theirs[other]
                 return
 
     # ---------------------------------------------------------------- adapters
@@ -143,7 +170,9 @@ class AdaptedLayer(nn.Module):
         """The trainable parameters of one adapter here."""
         found: list[nn.Parameter] = []
         for field in self.adapter_layer_names:
-            container = self._modules[field]
+            container = self._modules.get(field)
+            if container is None:
+                continue
             child = container._modules.get(name)
             if child is not None:
                 found += [p for p in child._parameters.values() if p is not None]
@@ -156,9 +185,15 @@ class AdaptedLayer(nn.Module):
         for field in (*self.adapter_layer_names, *self.other_param_names):
             container = self._modules.get(field)
             if container is None:
-                getattr(self, field).pop(name, None)
-            elif name in container._modules or name in container._parameters:
-                del container[name]
+                self.__dict__.get(field, {}).pop(name, None)
+                continue
+            container._modules.pop(name, None)
+            if container._parameters.pop(name, None) is not None:
+                container._keys.pop(name, None)
+
+    def is_bare(self) -> bool:
+        """Has the last adapter gone?"""
+        return not any(_names(self._modules.get(field)) for field in self.adapter_layer_names)
 
     # -------------------------------------------------- what PEFT's layers have
 

@@ -20,7 +20,6 @@ from .torch_layers import (
     parameter_dict,
     put_parameter,
     stamp,
-    template_of,
     transposed,
 )
 from .torch_lowrank import add_lowrank
@@ -33,7 +32,7 @@ class Magnitude(nn.Module):
 
     @staticmethod
     def over(tensor: torch.Tensor) -> "Magnitude":
-        made = stamp(template_of(Magnitude, Magnitude))
+        made = stamp(Magnitude, Magnitude)
         made._parameters["weight"] = parameter(tensor)
         return made
 
@@ -42,6 +41,14 @@ class LoraLayer(AdaptedLayer):
     """What LoRA's layers share: containers, and what is known of each adapter."""
 
     method = "LORA"
+    first_containers = (("lora_dropout", module_dict), ("lora_A", module_dict), ("lora_B", module_dict))
+    later_containers = types.MappingProxyType(
+        {
+            "lora_embedding_A": parameter_dict,
+            "lora_embedding_B": parameter_dict,
+            "lora_magnitude_vector": module_dict,
+        }
+    )
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "lora_bias", "_initial")
 
@@ -52,16 +59,6 @@ class LoraLayer(AdaptedLayer):
     lora_bias: dict[str, bool]
     #: pissa and olora: the factors that the adapter started from; their product is subtracted while it is active
     _initial: dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-    @staticmethod
-    def _add_containers(layer: Any) -> None:
-        for field in ("lora_dropout", "lora_A", "lora_B"):
-            layer._modules[field] = module_dict()
-        for field in ("lora_embedding_A", "lora_embedding_B"):
-            layer._modules[field] = parameter_dict()
-        layer._modules["lora_magnitude_vector"] = module_dict()
-        for field in ("r", "lora_alpha", "scaling", "use_dora", "lora_bias", "_initial"):
-            setattr(layer, field, {})
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         """Take an adapter's tensors ("lora_A", "lora_B", …) in; nothing is copied.
@@ -78,7 +75,7 @@ class LoraLayer(AdaptedLayer):
         if "lora_magnitude_vector" in tensors:
             magnitude = Magnitude.over(tensors["lora_magnitude_vector"])
             magnitude.training = self.training
-            children["lora_magnitude_vector"]._modules[name] = magnitude
+            self.lora_magnitude_vector._modules[name] = magnitude
         if "lora_initial_A" in tensors:
             self._initial[name] = (tensors["lora_initial_A"], tensors["lora_initial_B"])
 
@@ -130,11 +127,14 @@ class LoraLayer(AdaptedLayer):
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, training: bool) -> nn.Linear:
-    made = stamp(template_of("linear", lambda: nn.Linear(1, 1)))
-    made.out_features, made.in_features = weight.shape
-    made._parameters["weight"] = parameter(weight)
-    made._parameters["bias"] = None if bias is None else parameter(bias)
-    made.training = training
+    made = stamp("linear", lambda: nn.Linear(1, 1))
+    state = made.__dict__
+    state["out_features"], state["in_features"] = weight.shape
+    state["_parameters"] = {
+        "weight": parameter(weight),
+        "bias": None if bias is None else parameter(bias),
+    }
+    state["training"] = training
     return made
 
 
@@ -235,9 +235,7 @@ class Conv2d(LoraLayer):
             options: dict[str, Any] = {"kernel_size": 1, "bias": False, **extra}
             groups = options.get("groups", 1)
             key = (field, weight.shape, tuple(sorted((k, str(v)) for k, v in options.items())))
-            made = stamp(
-                template_of(key, lambda w=weight, o=options, g=groups: nn.Conv2d(w.shape[1] * g, w.shape[0], **o))
-            )
+            made = stamp(key, lambda w=weight, o=options, g=groups: nn.Conv2d(w.shape[1] * g, w.shape[0], **o))
             made._parameters["weight"] = parameter(weight)
             bias = tensors.get(f"{field}.bias")
             made._parameters["bias"] = None if bias is None else parameter(bias)
@@ -300,7 +298,7 @@ class Embedding(LoraLayer):
 
     def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         for field in ("lora_embedding_A", "lora_embedding_B"):
-            put_parameter(self._modules[field], name, parameter(tensors[field]))
+            put_parameter(getattr(self, field), name, parameter(tensors[field]))
 
     def _live(self) -> list[str]:
         held = self._modules["lora_embedding_A"]._parameters

@@ -4,9 +4,11 @@ Offers what the mixin asks of `_core.AdapterRegistry`.  The core plans, allocate
 arena becomes the storage of the parameters.  Everything is made on the side first: a refused adapter leaves no trace.
 """
 
+import gc
 import json
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,13 +88,15 @@ class TorchRegistry:
 
     def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:
         """Make a fresh adapter; it is listed but not active."""
-        self._make(name, config, None, label, seed, trainable)
+        with _no_collections():
+            self._make(name, config, None, label, seed, trainable)
 
     def load(
         self, name: str, config: str, source: Any, *, label: str = "config", seed: int = 0, trainable: bool = False
     ) -> tuple[list[str], list[str]]:
         """Make an adapter from a file or a dict of arrays; returns (missing, unexpected) names."""
-        return self._make(name, config, source, label, seed, trainable)
+        with _no_collections():
+            return self._make(name, config, source, label, seed, trainable)
 
     def _make(
         self, name: str, text: str, source: Any, label: str, seed: int, trainable: bool
@@ -315,7 +319,7 @@ class TorchRegistry:
         self._settle_biases()
         for path, layer in adapter.layers:
             layer.drop(name)
-            if not layer.adapters():
+            if layer.is_bare():
                 _take_out(self.model, path, layer)
         for path, wrapper in adapter.saved:
             wrapper.copies().pop(name, None)
@@ -408,6 +412,18 @@ class TorchRegistry:
         self._originals.clear()
         if self.switch.merged:
             self.switch.update(merged=())
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Thousands of objects come at once, and none is garbage: collections on the way would look at them for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _tensor(layer: AdaptedLayer, parameter: str, name: str) -> Any:

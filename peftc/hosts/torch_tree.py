@@ -77,7 +77,11 @@ def describe(module: nn.Module, holders: list[Any], with_values: bool) -> tuple[
     name = type(module).__name__
     if not kind:
         return (name, "", "", 0, 0, None, None, False)
-    weight, bias = module.weight, getattr(module, "bias", None)
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    if weight is None:  # computed: a parametrization
+        weight = module.weight
+    bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     dtype = DTYPES.get(weight.dtype, "I8")
     address = _address(weight, holders) if with_values else None
     bias_address = _address(bias, holders) if with_values else None

@@ -24,8 +24,9 @@ void pc_rng_block(pc_rng rng, uint64_t block, uint32_t out[4]);
 float pc_rng_unit(pc_rng rng, uint64_t index);
 
 /* dst (n,), a float dtype: uniform in [low, high) or normal (Box-Muller).
- * The value is drawn in double and then rounded to the dtype, so that a narrow
- * one can give `high` itself.  The result does not depend on the thread count
+ * A uniform value is computed in double and then rounded to the dtype, so that a
+ * narrow one can give `high` itself; a normal one has the 24 bits of a float in
+ * every dtype.  The result does not depend on the thread count
  * of `rt`; rt may be NULL. */
 void pc_fill_uniform(pc_runtime *rt, pc_rng rng, pc_dtype dtype, void *dst, int64_t n, double low, double high);
 void pc_fill_normal(pc_runtime *rt, pc_rng rng, pc_dtype dtype, void *dst, int64_t n, double mean, double std);

@@ -2,6 +2,7 @@
  * arena, and give them their first values. */
 #include "support.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 /* Slots and tensors while their number is not known yet. */
@@ -241,16 +242,56 @@ pc_status pc_init_generic(const pc_adapter *adapter, const pc_slot *slot, const 
     return status;
 }
 
+typedef struct initialiser {
+    pc_runtime *rt;
+    pc_registry *registry;
+    pc_adapter *adapter;
+    uint64_t seed;
+    atomic_flag recorded; /* the first failure writes the error */
+    pc_status status;
+    pc_error *err;
+} initialiser;
+
+static pc_status init_slot(const initialiser *in, pc_runtime *rt, size_t i, pc_error *err)
+{
+    const pc_slot *slot = &in->adapter->slots[i];
+    const pc_module *module = &pc_registry_modules(in->registry)->items[slot->module];
+    pc_status status = pc_init_generic(in->adapter, slot, module, err);
+    if (status == PC_OK && slot->adapts)
+        status = in->adapter->method->init(rt, in->adapter, slot, module, pc_slot_rng(slot, in->seed), false, err);
+    return status;
+}
+
+static void init_slots(void *ctx, int64_t begin, int64_t end)
+{
+    initialiser *in = ctx;
+    for (int64_t i = begin; i < end; i++) {
+        pc_error error;
+        pc_status status = init_slot(in, NULL, (size_t)i, &error);
+        if (status == PC_OK)
+            continue;
+        if (!atomic_flag_test_and_set(&in->recorded)) {
+            in->status = status;
+            if (in->err != NULL)
+                *in->err = error;
+        }
+        return;
+    }
+}
+
+/* From so many slots on, threads take slots; below, each slot's own loops are shared out. */
+#define MANY_SLOTS 16
+
 pc_status pc_adapter_init(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed, pc_error *err)
 {
-    const pc_module_table *modules = pc_registry_modules(registry);
-    pc_status status = PC_OK;
-    for (size_t i = 0; i < adapter->slot_count && status == PC_OK; i++) {
-        const pc_slot *slot = &adapter->slots[i];
-        const pc_module *module = &modules->items[slot->module];
-        status = pc_init_generic(adapter, slot, module, err);
-        if (status == PC_OK && slot->adapts)
-            status = adapter->method->init(rt, adapter, slot, module, pc_slot_rng(slot, seed), false, err);
+    initialiser in = {
+        .rt = rt, .registry = registry, .adapter = adapter, .seed = seed, .recorded = ATOMIC_FLAG_INIT, .err = err};
+    if (adapter->slot_count >= MANY_SLOTS) {
+        pc_parallel_for(rt, (int64_t)adapter->slot_count, 4, init_slots, &in);
+        return in.status;
     }
+    pc_status status = PC_OK;
+    for (size_t i = 0; i < adapter->slot_count && status == PC_OK; i++)
+        status = init_slot(&in, rt, i, err);
     return status;
 }
