@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from peftc import _core  # noqa: E402
+from peftc import _core
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 WIDTHS = [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 48, 49, 64, 100, 130, 257, 300]

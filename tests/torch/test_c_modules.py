@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-from peftc import _core  # noqa: E402
+from peftc import _core
 
 
 class Wrapper(nn.Module):
