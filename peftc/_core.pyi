@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, SupportsIndex, TypeAlias, final
+from typing import Any, SupportsIndex, TypeAlias, TypeVar, final
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,6 +10,7 @@ from typing_extensions import Buffer, Self, disjoint_base
 
 _FilePath: TypeAlias = str | bytes | PathLike[str] | PathLike[bytes]
 _Pair: TypeAlias = int | tuple[int, int] | list[int]
+_T = TypeVar("_T")
 
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
@@ -124,6 +125,23 @@ class AdapterRegistry:
     def merge(self, names: Sequence[str] | None = None, safe_merge: bool = False) -> None: ...
     def unmerge(self) -> None: ...
     def merged(self) -> list[str]: ...
+
+def lowrank_forward(x: Any, y: Any, out: Any, terms: tuple[tuple[Any, Any, float, Any, Any], ...], /) -> bool:
+    """out = y + Σ scaling · (((x Aᵀ) ⊙ E) Bᵀ + bias) on CPU tensors, terms of (A, B, scaling, E, bias).
+    False, with nothing written, where torch's own operations are needed."""
+
+def lowrank_backward(
+    grad: Any, x: Any, A: Any, B: Any, E: Any, scaling: float, dx: Any, dA: Any, dB: Any, dE: Any, /
+) -> bool:
+    """Derivatives of one term of lowrank_forward, into those of the last four that are not None. False as above."""
+
+def module_like(template: _T, /) -> _T:
+    """A new object with the template's items: its containers copied one level deep, everything else shared."""
+
+def modules_like(template: _T, n: SupportsIndex, /) -> list[_T]: ...
+def set_requires_grad(parameters: list[Any] | tuple[Any, ...], flag: bool, /) -> None: ...
+def walk_modules(root: Any, stop: type | None, /) -> list[tuple[str, Any]]:
+    """(dotted name, module) of everything below root; a module of the type `stop` stands for its base layers."""
 
 def json_loads(text: str | bytes, label: str = "config") -> Any: ...
 def json_canonical(text: str | bytes, label: str = "config") -> str: ...

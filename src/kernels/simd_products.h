@@ -440,6 +440,8 @@ static void isa_narrow(pc_dtype dt, const float *src, int64_t n, void *dst_)
     }
 }
 
+#include "simd_lowrank.h"
+
 const pc_kernel_table TABLE_NAME = {
     .name = TABLE_TEXT,
     .lanes = VW,
@@ -453,6 +455,8 @@ const pc_kernel_table TABLE_NAME = {
     .block = isa_block,
     .dot = isa_dot,
     .product = isa_product,
+    .lowrank = isa_lowrank,
+    .outer = isa_outer,
     .head_scratch = isa_head_scratch,
     .head = isa_head,
 };

@@ -7,6 +7,7 @@
 #define PEFTC_KERNELS_TABLE_H
 
 #include "kernels.h"
+#include "lowrank.h"
 
 /* Functions of one row (or any contiguous run) of n elements of the compute dtype. */
 typedef struct pc_row_ops {
@@ -79,6 +80,36 @@ typedef struct pc_block_job {
     int64_t ldy;
 } pc_block_job;
 
+/* Rows of x through a low-rank product, for activations and weights of one dtype, f32, f16 or bf16. */
+typedef struct pc_lowrank_job {
+    pc_dtype dt;
+    int64_t k, n;
+    const void *x;
+    int64_t ldx;
+    const void *y; /* or NULL: zeros */
+    int64_t ldy;
+    void *out; /* or NULL: `keep` alone is wanted */
+    int64_t ldo;
+    int count, ranks; /* terms, and their ranks together, at most PC_LOWRANK_MOST */
+    const pc_lowrank_term *terms;
+    bool swapped; /* a is (k,r) and b is (r,n) */
+    float *keep;  /* x · aᵀ of the one term, transposed: (r, keep_rows); or NULL */
+    int64_t keep_rows;
+} pc_lowrank_job;
+
+/* c (r,n) = scale · e ⊙ h (r,m) · x (m,n): sums over rows. */
+typedef struct pc_outer_job {
+    pc_dtype dt; /* of x, e and c */
+    int64_t m, n, r;
+    const float *h;
+    const void *x;
+    int64_t ldx;
+    const void *e; /* (r), or NULL */
+    double scale;
+    void *c;
+    bool transposed; /* c is (n,r) */
+} pc_outer_job;
+
 /* One head of attention, f32. */
 typedef struct pc_head_job {
     int64_t tq, tk, dim, stride; /* stride between tokens, in elements */
@@ -111,6 +142,10 @@ typedef struct pc_kernel_table {
     void (*dot)(const pc_linear_job *job, int64_t begin, int64_t end);
     /* Rows [row_begin, row_end) × columns [col_begin, col_end); col_begin is a multiple of lanes. */
     void (*product)(const pc_product_job *job, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
+    /* Rows [begin, end). */
+    void (*lowrank)(const pc_lowrank_job *job, int64_t begin, int64_t end);
+    /* Columns [begin, end). */
+    void (*outer)(const pc_outer_job *job, int64_t begin, int64_t end);
     int64_t (*head_scratch)(int64_t tk, int64_t dim);
     void (*head)(const pc_head_job *job);
 } pc_kernel_table;

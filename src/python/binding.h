@@ -30,6 +30,7 @@ typedef struct peftc_state {
     PyTypeObject *safe_open_type;
     PyTypeObject *safe_slice_type; /* what safe_open.get_slice returns */
     uint64_t seed, next_stream; /* manual_seed; every draw takes the next stream */
+    struct peftc_torch *torch;  /* what dlpack.c knows of torch once it is imported, else NULL */
 } peftc_state;
 
 extern struct PyModuleDef peftc_module;
@@ -56,5 +57,7 @@ int peftc_add_torch_bin(PyObject *module, peftc_state *state);  /* adapter_model
 int peftc_add_registry(PyObject *module, peftc_state *state);
 int peftc_add_layers(PyObject *module, peftc_state *state);   /* nn layer types */
 int peftc_add_functional(PyObject *module, peftc_state *state);
+int peftc_add_torch(PyObject *module, peftc_state *state);    /* kernels on torch tensors */
+int peftc_add_torch_modules(PyObject *module, peftc_state *state);
 
 #endif

@@ -5,6 +5,7 @@
 
 #include "../kernels/kernels.h"
 #include "../core/memory.h"
+#include "dlpack.h"
 
 PyDoc_STRVAR(set_num_threads_doc,
              "set_num_threads(n, /)\n--\n\n"
@@ -112,7 +113,8 @@ static int exec_module(PyObject *module)
         return -1;
     if (peftc_add_safetensors(module, state) < 0 || peftc_add_config(module, state) < 0 ||
         peftc_add_torch_bin(module, state) < 0 || peftc_add_registry(module, state) < 0 || peftc_add_layers(module, state) < 0 ||
-        peftc_add_functional(module, state) < 0)
+        peftc_add_functional(module, state) < 0 || peftc_add_torch(module, state) < 0 ||
+        peftc_add_torch_modules(module, state) < 0)
         return -1;
     return 0;
 }
@@ -129,7 +131,7 @@ static int traverse_module(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->arena_type);
     Py_VISIT(state->safe_open_type);
     Py_VISIT(state->safe_slice_type);
-    return 0;
+    return peftc_visit_torch(state, visit, arg);
 }
 
 static int clear_module(PyObject *module)
@@ -144,6 +146,7 @@ static int clear_module(PyObject *module)
     Py_CLEAR(state->arena_type);
     Py_CLEAR(state->safe_open_type);
     Py_CLEAR(state->safe_slice_type);
+    peftc_forget_torch(state);
     return 0;
 }
 

@@ -1,0 +1,222 @@
+/* Low-rank products on a model's own memory: how they are shared out among threads, and f64. */
+#include "lowrank.h"
+
+#include <string.h>
+
+#include "../core/memory.h"
+#include "table.h"
+
+/* Multiply-adds that make a piece of work worth another thread. */
+#define GRAIN ((int64_t)1 << 19)
+/* Rows of a piece come in multiples of this: tiles and panels want company. */
+#define UNIT 16
+/* Columns of a piece, likewise: whole panels of every instruction set. */
+#define COLUMN_UNIT 48
+
+static int64_t pieces_of(int64_t n, int64_t unit) { return n / unit + (n % unit != 0); }
+
+/* How many items of `work` multiply-adds make a piece. */
+static int64_t grain_of(double work) { return work >= (double)GRAIN ? 1 : (int64_t)((double)GRAIN / (work + 1.0)); }
+
+static void rows_range(void *ctx, int64_t begin, int64_t end)
+{
+    const pc_lowrank_job *job = ctx;
+    pc_kernels()->lowrank(job, begin * UNIT, pc_min(job->keep_rows, end * UNIT));
+}
+
+/* keep_rows is the number of rows. */
+static void run_rows(pc_runtime *rt, pc_lowrank_job *job)
+{
+    double work = (double)UNIT * (double)(job->k + (job->out != NULL ? job->n : 0)) * (double)job->ranks;
+    if (job->keep_rows < 2 * UNIT) /* one piece: no detour */
+        pc_kernels()->lowrank(job, 0, job->keep_rows);
+    else
+        pc_parallel_for(rt, pieces_of(job->keep_rows, UNIT), grain_of(work), rows_range, job);
+}
+
+static void columns_range(void *ctx, int64_t begin, int64_t end)
+{
+    const pc_outer_job *job = ctx;
+    pc_kernels()->outer(job, begin * COLUMN_UNIT, pc_min(job->n, end * COLUMN_UNIT));
+}
+
+static void run_columns(pc_runtime *rt, pc_outer_job *job)
+{
+    double work = (double)COLUMN_UNIT * (double)job->m * (double)job->r;
+    pc_parallel_for(rt, pieces_of(job->n, COLUMN_UNIT), grain_of(work), columns_range, job);
+}
+
+/* count elements of `size` bytes, or NULL with the error set. */
+static void *scratch(int64_t rows, int64_t cols, size_t size, pc_error *err)
+{
+    size_t bytes;
+    void *room = NULL;
+    if (pc_mul_size((size_t)rows, (size_t)cols, &bytes) && pc_mul_size(bytes, size, &bytes))
+        room = pc_malloc(bytes);
+    if (room == NULL)
+        pc_fail_nomem(err, "the scratch of a low-rank product");
+    return room;
+}
+
+/* ----------------------------------------------------------------------- f64 */
+
+/* h (m,r) = scale · (x · aᵀ) ⊙ e */
+static pc_status hidden_f64(pc_runtime *rt, int64_t m, int64_t k, const double *x, int64_t ldx,
+                            const pc_lowrank_term *term, bool swapped, const double *a, double scale, const double *e,
+                            double *h, pc_error *err)
+{
+    int64_t r = term->r;
+    pc_status status = pc_gemm(rt, PC_F64, false, !swapped, m, r, k, scale, x, ldx, a, swapped ? r : k, 0.0, h, r, err);
+    if (status == PC_OK && e != NULL)
+        pc_scale_columns(rt, PC_F64, m, r, h, PC_F64, e, h);
+    return status;
+}
+
+static pc_status forward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, const double *x, int64_t ldx,
+                             const double *y, int64_t ldy, double *out, int64_t ldo, const pc_lowrank_term *terms,
+                             int count, int64_t ranks, pc_error *err)
+{
+    double *h = scratch(m, ranks, sizeof *h, err); /* nothing is written before it is sure that all can be */
+    if (h == NULL)
+        return PC_ERR_NOMEM;
+    if (out != y)
+        for (int64_t i = 0; i < m; i++)
+            memcpy(out + i * ldo, y + i * ldy, (size_t)n * sizeof *y);
+    pc_status status = PC_OK;
+    for (int t = 0; t < count && status == PC_OK; t++) {
+        const pc_lowrank_term *term = &terms[t];
+        status = hidden_f64(rt, m, k, x, ldx, term, false, term->a, term->scale, term->e, h, err);
+        if (status == PC_OK)
+            status = pc_gemm(rt, PC_F64, false, true, m, n, term->r, 1.0, h, term->r, term->b, term->r, 1.0, out, ldo,
+                             err);
+        for (int64_t i = 0; i < m && term->bias != NULL; i++)
+            pc_rows_f64.axpy(n, term->scale, term->bias, out + i * ldo);
+    }
+    pc_free(h);
+    return status;
+}
+
+static pc_status backward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, const double *grad, int64_t ldg,
+                              const double *x, int64_t ldx, const pc_lowrank_term *term, double *dx, int64_t lddx,
+                              double *da, double *db, double *de, double *u, double *h, pc_error *err)
+{
+    int64_t r = term->r;
+    double scale = term->scale;
+    pc_status status = hidden_f64(rt, m, n, grad, ldg, term, true, term->b, 1.0, NULL, u, err);
+    if (status == PC_OK && h != NULL)
+        status = hidden_f64(rt, m, k, x, ldx, term, false, term->a, 1.0, NULL, h, err);
+    if (status == PC_OK && de != NULL)
+        for (int64_t p = 0; p < r; p++) {
+            de[p] = 0.0;
+            for (int64_t i = 0; i < m; i++)
+                de[p] += scale * u[i * r + p] * h[i * r + p];
+        }
+    if (status == PC_OK && term->e != NULL) {
+        pc_scale_columns(rt, PC_F64, m, r, u, PC_F64, term->e, u);
+        if (h != NULL)
+            pc_scale_columns(rt, PC_F64, m, r, h, PC_F64, term->e, h);
+    }
+    if (status == PC_OK && dx != NULL)
+        status = pc_gemm(rt, PC_F64, false, false, m, k, r, scale, u, r, term->a, k, 0.0, dx, lddx, err);
+    if (status == PC_OK && da != NULL)
+        status = pc_gemm(rt, PC_F64, true, false, r, k, m, scale, u, r, x, ldx, 0.0, da, k, err);
+    if (status == PC_OK && db != NULL)
+        status = pc_gemm(rt, PC_F64, true, false, n, r, m, scale, grad, ldg, h, r, 0.0, db, r, err);
+    return status;
+}
+
+/* -------------------------------------------------------------------- public */
+
+pc_status pc_lowrank_forward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, int64_t k, const void *x, int64_t ldx,
+                             const void *y, int64_t ldy, void *out, int64_t ldo, const pc_lowrank_term *terms,
+                             int count, pc_error *err)
+{
+    int64_t ranks = 0, widest = 0;
+    for (int t = 0; t < count; t++) {
+        ranks = terms[t].r > PC_LOWRANK_MOST ? terms[t].r : ranks + terms[t].r;
+        widest = pc_max(widest, terms[t].r);
+        if (ranks > PC_LOWRANK_MOST)
+            return pc_fail(err, PC_ERR_UNSUPPORTED, "low-rank product: the ranks add up to more than %d",
+                           PC_LOWRANK_MOST);
+    }
+    if (m <= 0 || n <= 0)
+        return PC_OK;
+    if (dt == PC_F64)
+        return forward_f64(rt, m, n, k, x, ldx, y, ldy, out, ldo, terms, count, widest, err);
+    pc_lowrank_job job = {.dt = dt, .k = k, .n = n, .x = x, .ldx = ldx, .y = y, .ldy = ldy, .out = out, .ldo = ldo};
+    job.count = count;
+    job.ranks = (int)ranks;
+    job.terms = terms;
+    job.keep_rows = m;
+    run_rows(rt, &job);
+    return PC_OK;
+}
+
+/* Σ over rows of u ⊙ h, both (r, m). */
+static void rank_sums(pc_dtype dt, int64_t m, int64_t r, const float *u, const float *h, double scale, void *de)
+{
+    for (int64_t p = 0; p < r; p++) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < m; i++)
+            sum += (double)u[p * m + i] * (double)h[p * m + i];
+        pc_put_double(dt, de, p, scale * sum);
+    }
+}
+
+pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, int64_t k, const void *grad,
+                              int64_t ldg, const void *x, int64_t ldx, const pc_lowrank_term *term, void *dx,
+                              int64_t lddx, void *da, void *db, void *de, pc_error *err)
+{
+    int64_t r = term->r;
+    if (r > PC_LOWRANK_MOST)
+        return pc_fail(err, PC_ERR_UNSUPPORTED, "low-rank product: a rank of more than %d", PC_LOWRANK_MOST);
+    bool hidden = db != NULL || de != NULL, kept = da != NULL || de != NULL;
+    size_t size = dt == PC_F64 ? sizeof(double) : sizeof(float);
+    void *u = NULL, *h = NULL;
+    if (((kept || dt == PC_F64) && (u = scratch(m, r, size, err)) == NULL) ||
+        (hidden && (h = scratch(m, r, size, err)) == NULL)) {
+        pc_free(u);
+        return PC_ERR_NOMEM;
+    }
+    pc_status status = PC_OK;
+    if (dt == PC_F64) {
+        status = backward_f64(rt, m, n, k, grad, ldg, x, ldx, term, dx, lddx, da, db, de, u, h, err);
+    } else {
+        pc_lowrank_term back = *term, only = *term;
+        back.a = term->b;
+        back.b = term->a;
+        back.bias = NULL;
+        pc_lowrank_job job = {.dt = dt, .k = n, .n = k, .x = grad, .ldx = ldg, .out = dx, .ldo = lddx, .count = 1};
+        job.ranks = (int)r;
+        job.terms = &back;
+        job.swapped = true;
+        job.keep = u;
+        job.keep_rows = m;
+        if (dx != NULL || kept)
+            run_rows(rt, &job);
+        if (hidden) {
+            job = (pc_lowrank_job){.dt = dt, .k = k, .n = n, .x = x, .ldx = ldx, .count = 1, .ranks = (int)r};
+            job.terms = &only;
+            job.keep = h;
+            job.keep_rows = m;
+            run_rows(rt, &job);
+        }
+        pc_outer_job outer = {.dt = dt, .m = m, .n = k, .r = r, .h = u, .x = x, .ldx = ldx, .e = term->e, .c = da};
+        outer.scale = term->scale;
+        if (da != NULL)
+            run_columns(rt, &outer);
+        outer.n = n;
+        outer.h = h;
+        outer.x = grad;
+        outer.ldx = ldg;
+        outer.c = db;
+        outer.transposed = true;
+        if (db != NULL)
+            run_columns(rt, &outer);
+        if (de != NULL)
+            rank_sums(dt, m, r, u, h, term->scale, de);
+    }
+    pc_free(u);
+    pc_free(h);
+    return status;
+}

@@ -1,0 +1,223 @@
+/* Low-rank products of f32, f16 and bf16 with f32 sums.  Included by simd_products.h, whose tiles and dots it uses.
+ *
+ * A block of rows goes through both products of every term before the next one starts: what is between them is a few
+ * kilobytes on the stack.  Few rows are multiplied as dots, which read the weights where they lie; more of them are
+ * worth a panel of the weight.  Stack: at most 72 KB per call.
+ */
+
+/* Floats of x · aᵀ at once, and rows of a block at most. */
+#define HIDDEN_FLOATS PC_LOWRANK_MOST
+#define BLOCK_ROWS 64
+/* Depth of a panel of a, beside as many floats of each row of x. */
+#define SLICE 128
+/* Up to so many rows dots are faster than panels. */
+#define DOT_ROWS 4
+/* Depth that dots take at a time from x in 16 bits, and columns of b that they produce at a time. */
+#define DOT_SLICE 1024
+#define DOT_COLUMNS 128
+
+static inline const void *element(pc_dtype dt, const void *base, int64_t i)
+{
+    return dt == PC_F32 ? (const void *)((const float *)base + i) : (const void *)((const uint16_t *)base + i);
+}
+
+/* h (m,r) (+)= x (m,k) · rowsᵀ for up to four rows of x in f32; w's rows lie ldw apart. */
+static void few_by_rows(pc_dtype dt, int64_t m, int64_t r, int64_t k, const float *x, int64_t ldx, const void *w,
+                        int64_t ldw, float *h, int64_t ldh, bool accumulate)
+{
+    dot_fn dot = dots[dt == PC_F32 ? 0 : dt == PC_F16 ? 1 : 2][m - 1];
+    for (int64_t j = 0; j < r; j += 4) {
+        float out[4][4];
+        int64_t cols = pc_min(4, r - j);
+        if (cols == 4) {
+            dot(k, x, ldx, element(dt, w, j * ldw), ldw, out);
+        } else { /* a stride of 0 reads the one row four times */
+            for (int64_t c = 0; c < cols; c++) {
+                float one[4][4];
+                dot(k, x, ldx, element(dt, w, (j + c) * ldw), 0, one);
+                for (int64_t i = 0; i < m; i++)
+                    out[i][c] = one[i][0];
+            }
+        }
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t c = 0; c < cols; c++)
+                h[i * ldh + j + c] = accumulate ? h[i * ldh + j + c] + out[i][c] : out[i][c];
+    }
+}
+
+/* A panel (depth × width) of op(w), w (cols…, k) by rows or (k, cols…), from column `col` and depth k0 on. */
+static void fill_panel(pc_dtype dt, const void *w, bool by_rows, int64_t ldw, int64_t col, int64_t cols, int64_t k0,
+                       int64_t depth, float *panel, int64_t width)
+{
+    if (by_rows) {
+        pack_transposed(dt, w, col * ldw + k0, ldw, cols, depth, panel, width);
+        return;
+    }
+    for (int64_t p = 0; p < depth; p++) {
+        widen_row(dt, w, (k0 + p) * ldw + col, cols, panel + p * width);
+        for (int64_t j = cols; j < width; j++)
+            panel[p * width + j] = 0.0f;
+    }
+}
+
+/* h (m,r) = x (m,k) · op(a): a (r,k), or (k,r) when swapped. */
+static __attribute__((noinline)) void lowrank_down(const pc_lowrank_job *job, const pc_lowrank_term *term, int64_t row,
+                                                   int64_t m, float *h, int64_t ldh)
+{
+    ALIGNED float wide[BLOCK_ROWS * SLICE];
+    ALIGNED float panel[SLICE * WIDTH(MAX_VECTORS)];
+    int64_t k = job->k, r = term->r;
+    bool few = m <= DOT_ROWS && !job->swapped, narrow = job->dt != PC_F32;
+    int64_t step = few ? (narrow ? DOT_SLICE : pc_max(k, 1)) : SLICE;
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += step) {
+        int64_t depth = pc_min(step, k - k0), ldx = job->ldx;
+        const float *x;
+        if (narrow) {
+            for (int64_t i = 0; i < m; i++)
+                isa_widen(job->dt, element(job->dt, job->x, (row + i) * job->ldx + k0), depth, wide + i * step);
+            x = wide;
+            ldx = step;
+        } else {
+            x = (const float *)job->x + row * job->ldx + k0;
+        }
+        if (few) {
+            few_by_rows(job->dt, m, r, depth, x, ldx, element(job->dt, term->a, k0), k, h, ldh, k0 > 0);
+            continue;
+        }
+        for (int64_t col = 0; col < r; col += WIDTH(MAX_VECTORS)) {
+            int64_t cols = pc_min(WIDTH(MAX_VECTORS), r - col), vectors = (cols + VW - 1) / VW, width = vectors * VW;
+            fill_panel(job->dt, term->a, !job->swapped, job->swapped ? r : k, col, cols, k0, depth, panel, width);
+            rows_by_panel(m, depth, x, ldx, panel, width, vectors, h + col, ldh, k0 > 0, cols - (vectors - 1) * VW);
+        }
+    }
+}
+
+/* sums (m, cols) += h · bᵀ of every term, and biases, for columns from `col` on. */
+static void lowrank_columns(const pc_lowrank_job *job, int64_t m, const float *h, int64_t col, int64_t cols,
+                            float *sums, int64_t lds, float *panel)
+{
+    pc_dtype dt = job->dt;
+    for (int t = 0; t < job->count; t++) {
+        const pc_lowrank_term *term = &job->terms[t];
+        int64_t r = term->r;
+        if (m <= DOT_ROWS && !job->swapped) {
+            if (r > 0)
+                few_by_rows(dt, m, cols, r, h, job->ranks, element(dt, term->b, col * r), r, sums, lds, true);
+        } else {
+            int64_t vectors = (cols + VW - 1) / VW, width = vectors * VW, last = cols - (vectors - 1) * VW;
+            for (int64_t p0 = 0; p0 < r; p0 += SLICE) {
+                int64_t depth = pc_min(SLICE, r - p0);
+                fill_panel(dt, term->b, !job->swapped, job->swapped ? job->n : r, col, cols, p0, depth, panel, width);
+                rows_by_panel(m, depth, h + p0, job->ranks, panel, width, vectors, sums, lds, true, last);
+            }
+        }
+        h += r;
+        if (term->bias != NULL) {
+            float scale = (float)term->scale, *bias = panel;
+            for (int64_t j = 0; j < cols; j += WIDTH(MAX_VECTORS)) {
+                int64_t part = pc_min(WIDTH(MAX_VECTORS), cols - j);
+                widen_row(dt, term->bias, col + j, part, bias);
+                for (int64_t i = 0; i < m; i++)
+                    for (int64_t c = 0; c < part; c++)
+                        sums[i * lds + j + c] += scale * bias[c];
+            }
+        }
+    }
+}
+
+/* Rows [row, row + m) of out = y + …, a stretch of columns at a time. */
+static __attribute__((noinline)) void lowrank_up(const pc_lowrank_job *job, const float *h, int64_t row, int64_t m)
+{
+    ALIGNED float panel[SLICE * WIDTH(MAX_VECTORS)];
+    ALIGNED float room[BLOCK_ROWS * WIDTH(MAX_VECTORS)];
+    _Static_assert(DOT_ROWS * DOT_COLUMNS <= BLOCK_ROWS * WIDTH(MAX_VECTORS), "few rows need no larger room");
+    pc_dtype dt = job->dt;
+    int64_t step = m <= DOT_ROWS && !job->swapped ? DOT_COLUMNS : WIDTH(MAX_VECTORS);
+    for (int64_t col = 0; col < job->n; col += step) {
+        int64_t cols = pc_min(step, job->n - col);
+        float *sums = dt == PC_F32 ? (float *)job->out + row * job->ldo + col : room;
+        int64_t lds = dt == PC_F32 ? job->ldo : step;
+        for (int64_t i = 0; i < m; i++) {
+            const void *y = job->y != NULL ? element(dt, job->y, (row + i) * job->ldy + col) : NULL;
+            if (y == NULL)
+                memset(sums + i * lds, 0, (size_t)cols * sizeof(float));
+            else if (y != sums + i * lds)
+                widen_row(dt, y, 0, cols, sums + i * lds);
+        }
+        lowrank_columns(job, m, h, col, cols, sums, lds, panel);
+        for (int64_t i = 0; i < m && dt != PC_F32; i++)
+            isa_narrow(dt, room + i * step, cols, (uint16_t *)job->out + (row + i) * job->ldo + col);
+    }
+}
+
+static void isa_lowrank(const pc_lowrank_job *job, int64_t begin, int64_t end)
+{
+    ALIGNED float hidden[HIDDEN_FLOATS];
+    int64_t most = pc_max(1, pc_min(BLOCK_ROWS, HIDDEN_FLOATS / pc_max(job->ranks, 1)));
+    for (int64_t row = begin; row < end; row += most) {
+        int64_t m = pc_min(most, end - row);
+        float *h = hidden;
+        for (int t = 0; t < job->count; t++) {
+            const pc_lowrank_term *term = &job->terms[t];
+            int64_t r = term->r;
+            if (r == 0)
+                continue;
+            lowrank_down(job, term, row, m, h, job->ranks);
+            for (int64_t p = 0; p < r && job->keep != NULL; p++)
+                for (int64_t i = 0; i < m; i++)
+                    job->keep[p * job->keep_rows + row + i] = h[i * job->ranks + p];
+            for (int64_t p = 0; p < r; p++) {
+                float e = 1.0f, scale = (float)term->scale;
+                if (term->e != NULL)
+                    widen_row(job->dt, term->e, p, 1, &e);
+                for (int64_t i = 0; i < m; i++)
+                    h[i * job->ranks + p] *= e * scale;
+            }
+            h += r;
+        }
+        if (job->out != NULL)
+            lowrank_up(job, hidden, row, m);
+    }
+}
+
+/* Rows of c at once, and of x in a panel. */
+#define OUTER_RANKS 64
+
+static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)
+{
+    ALIGNED float panel[SLICE * WIDTH(MAX_VECTORS)];
+    ALIGNED float sums[OUTER_RANKS * WIDTH(MAX_VECTORS)];
+    for (int64_t col = begin; col < end; col += WIDTH(MAX_VECTORS)) {
+        int64_t cols = pc_min(WIDTH(MAX_VECTORS), end - col), vectors = (cols + VW - 1) / VW, width = vectors * VW;
+        for (int64_t p0 = 0; p0 < job->r; p0 += OUTER_RANKS) {
+            int64_t ranks = pc_min(OUTER_RANKS, job->r - p0);
+            memset(sums, 0, sizeof sums);
+            for (int64_t i0 = 0; i0 < job->m; i0 += SLICE) {
+                int64_t rows = pc_min(SLICE, job->m - i0);
+                fill_panel(job->dt, job->x, false, job->ldx, col, cols, i0, rows, panel, width);
+                rows_by_panel(ranks, rows, job->h + p0 * job->m + i0, job->m, panel, width, vectors, sums, width, true,
+                              VW);
+            }
+            for (int64_t p = 0; p < ranks; p++) {
+                float e = 1.0f, *row = sums + p * width;
+                if (job->e != NULL)
+                    widen_row(job->dt, job->e, p0 + p, 1, &e);
+                row_scale(cols, row, (double)e * job->scale, row);
+                for (int64_t j = 0; j < cols && job->transposed; j++) {
+                    int64_t at = (col + j) * job->r + p0 + p;
+                    if (job->dt == PC_F32)
+                        ((float *)job->c)[at] = row[j];
+                    else
+                        ((uint16_t *)job->c)[at] = job->dt == PC_F16 ? pc_f32_to_f16(row[j]) : pc_f32_to_bf16(row[j]);
+                }
+                if (job->transposed)
+                    continue;
+                int64_t at = (p0 + p) * job->n + col;
+                if (job->dt == PC_F32)
+                    memcpy((float *)job->c + at, row, (size_t)cols * sizeof(float));
+                else
+                    isa_narrow(job->dt, row, cols, (uint16_t *)job->c + at);
+            }
+        }
+    }
+}

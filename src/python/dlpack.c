@@ -1,0 +1,315 @@
+#include "dlpack.h"
+
+/* ------------------------------------------------- what DLPack 1.x lays down */
+
+typedef struct exchange_tensor { /* a tensor described, not owned */
+    void *data;
+    int32_t device_type, device_index;
+    int32_t ndim;
+    uint8_t kind, bits; /* kind of number, and its size */
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} exchange_tensor;
+
+#define DEVICE_CPU 1
+#define KIND_FLOAT 2
+#define KIND_BFLOAT 4
+
+typedef int (*describe_fn)(void *object, exchange_tensor *out); /* 0, or -1 with an exception set */
+
+typedef struct exchange_api {
+    uint32_t major, minor;
+    struct exchange_api *older; /* the table of an earlier major version, or NULL */
+    void (*allocate)(void), (*export_owned)(void), (*import_owned)(void); /* not called here */
+    describe_fn describe;                                                  /* may be NULL */
+} exchange_api;
+
+#define CAPSULE_NAME "dlpack_exchange_api"
+#define MAJOR_VERSION 1
+
+/* -------------------------------------------------------------- torch, found */
+
+typedef struct peftc_torch {
+    PyTypeObject *tensor, *parameter;
+    PyObject *capsule; /* keeps the table */
+    describe_fn describe;
+    PyObject *is_neg_method; /* torch.Tensor.is_neg */
+    PyCFunction is_neg;      /* and what is behind it, where it is a plain function of C */
+    PyObject *float32, *float64, *float16, *bfloat16;
+    PyObject *data_ptr, *shape, *stride, *dtype, *device, *type; /* names */
+} peftc_torch;
+
+static void torch_free(peftc_torch *torch)
+{
+    if (torch == NULL)
+        return;
+    PyObject **owned[] = {(PyObject **)&torch->tensor, (PyObject **)&torch->parameter, &torch->capsule,
+                          &torch->is_neg_method, &torch->float32, &torch->float64, &torch->float16,
+                          &torch->bfloat16, &torch->data_ptr, &torch->shape, &torch->stride, &torch->dtype,
+                          &torch->device, &torch->type};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
+        Py_CLEAR(*owned[i]);
+    PyMem_Free(torch);
+}
+
+void peftc_forget_torch(peftc_state *state)
+{
+    peftc_torch *torch = state->torch;
+    state->torch = NULL;
+    torch_free(torch);
+}
+
+int peftc_visit_torch(peftc_state *state, visitproc visit, void *arg)
+{
+    if (state->torch != NULL) {
+        Py_VISIT(state->torch->tensor);
+        Py_VISIT(state->torch->parameter);
+        Py_VISIT(state->torch->capsule);
+        Py_VISIT(state->torch->is_neg_method);
+    }
+    return 0;
+}
+
+/* The function of the table that the capsule holds, or NULL without an exception. */
+static describe_fn describe_of(PyObject *capsule)
+{
+    if (capsule == NULL || !PyCapsule_IsValid(capsule, CAPSULE_NAME))
+        return NULL;
+    const exchange_api *api = PyCapsule_GetPointer(capsule, CAPSULE_NAME);
+    while (api != NULL && api->major > MAJOR_VERSION)
+        api = api->older;
+    return api != NULL && api->major == MAJOR_VERSION ? api->describe : NULL;
+}
+
+/* What torch has, or NULL with an exception if it lacks something. */
+static peftc_torch *torch_learn(PyObject *module)
+{
+    peftc_torch *torch = PyMem_Calloc(1, sizeof *torch);
+    PyObject *nn = NULL;
+    if (torch == NULL)
+        return (peftc_torch *)(void *)PyErr_NoMemory();
+    torch->tensor = (PyTypeObject *)PyObject_GetAttrString(module, "Tensor");
+    nn = PyObject_GetAttrString(module, "nn");
+    if (torch->tensor == NULL || nn == NULL)
+        goto failed;
+    torch->parameter = (PyTypeObject *)PyObject_GetAttrString(nn, "Parameter");
+    torch->is_neg_method = PyObject_GetAttrString((PyObject *)torch->tensor, "is_neg");
+    torch->float32 = PyObject_GetAttrString(module, "float32");
+    torch->float64 = PyObject_GetAttrString(module, "float64");
+    torch->float16 = PyObject_GetAttrString(module, "float16");
+    torch->bfloat16 = PyObject_GetAttrString(module, "bfloat16");
+    torch->data_ptr = PyUnicode_InternFromString("data_ptr");
+    torch->shape = PyUnicode_InternFromString("shape");
+    torch->stride = PyUnicode_InternFromString("stride");
+    torch->dtype = PyUnicode_InternFromString("dtype");
+    torch->device = PyUnicode_InternFromString("device");
+    torch->type = PyUnicode_InternFromString("type");
+    if (PyErr_Occurred())
+        goto failed;
+    if (!PyType_Check((PyObject *)torch->tensor) || !PyType_Check((PyObject *)torch->parameter)) {
+        PyErr_SetString(PyExc_TypeError, "torch.Tensor and torch.nn.Parameter must be types");
+        goto failed;
+    }
+    if (Py_IS_TYPE(torch->is_neg_method, &PyMethodDescr_Type)) {
+        const PyMethodDef *method = ((PyMethodDescrObject *)torch->is_neg_method)->d_method;
+        if ((method->ml_flags & METH_NOARGS) != 0)
+            torch->is_neg = method->ml_meth;
+    }
+    torch->capsule = PyObject_GetAttrString((PyObject *)torch->tensor, "__dlpack_c_exchange_api__");
+    PyErr_Clear(); /* without one: attribute by attribute */
+    torch->describe = describe_of(torch->capsule);
+    Py_DECREF(nn);
+    return torch;
+failed:
+    Py_XDECREF(nn);
+    torch_free(torch);
+    return NULL;
+}
+
+/* torch if it has been imported, by whomever; NULL otherwise, without an exception. */
+static peftc_torch *torch_find(peftc_state *state)
+{
+    PyObject *modules = PyImport_GetModuleDict(); /* borrowed */
+    PyObject *module = modules != NULL ? PyMapping_GetItemString(modules, "torch") : NULL;
+    peftc_torch *torch = module != NULL ? torch_learn(module) : NULL;
+    Py_XDECREF(module);
+    PyErr_Clear(); /* not imported, or only half so far: nothing can be a tensor yet */
+    if (state->torch == NULL) {
+        state->torch = torch;
+    } else { /* other Python code ran in between and came here first */
+        torch_free(torch);
+    }
+    return state->torch;
+}
+
+/* ------------------------------------------------------------------- reading */
+
+static pc_dtype dtype_of_attribute(const peftc_torch *torch, PyObject *dtype)
+{
+    return dtype == torch->float32    ? PC_F32
+           : dtype == torch->float64  ? PC_F64
+           : dtype == torch->float16  ? PC_F16
+           : dtype == torch->bfloat16 ? PC_BF16
+                                      : PC_DTYPE_NONE;
+}
+
+static pc_dtype dtype_of_exchange(const exchange_tensor *tensor)
+{
+    if (tensor->lanes != 1)
+        return PC_DTYPE_NONE;
+    if (tensor->kind == KIND_BFLOAT)
+        return tensor->bits == 16 ? PC_BF16 : PC_DTYPE_NONE;
+    if (tensor->kind != KIND_FLOAT)
+        return PC_DTYPE_NONE;
+    return tensor->bits == 32 ? PC_F32 : tensor->bits == 64 ? PC_F64 : tensor->bits == 16 ? PC_F16 : PC_DTYPE_NONE;
+}
+
+/* The integers of a tuple; their number, or -1 with or without an exception. */
+static int integers(PyObject *tuple, int64_t *out)
+{
+    if (tuple == NULL || !PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) > PEFTC_MAX_DIMS)
+        return -1;
+    int count = (int)PyTuple_GET_SIZE(tuple);
+    for (int i = 0; i < count; i++) {
+        out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+        if (out[i] == -1 && PyErr_Occurred())
+            return -1;
+    }
+    return count;
+}
+
+/* Without the table; true on success, an exception may be set otherwise. */
+static bool read_attributes(const peftc_torch *torch, PyObject *obj, peftc_tensor *out)
+{
+    bool good = false;
+    PyObject *device = PyObject_GetAttr(obj, torch->device), *type = NULL, *dtype = NULL, *shape = NULL,
+             *strides = NULL, *pointer = NULL;
+    if (device == NULL || (type = PyObject_GetAttr(device, torch->type)) == NULL || !PyUnicode_Check(type) ||
+        PyUnicode_CompareWithASCIIString(type, "cpu") != 0)
+        goto done;
+    if ((dtype = PyObject_GetAttr(obj, torch->dtype)) == NULL)
+        goto done;
+    out->dtype = dtype_of_attribute(torch, dtype);
+    shape = PyObject_GetAttr(obj, torch->shape);
+    out->ndim = integers(shape, out->room);
+    if (out->dtype == PC_DTYPE_NONE || out->ndim < 0)
+        goto done;
+    strides = PyObject_CallMethodNoArgs(obj, torch->stride);
+    if (integers(strides, out->room + PEFTC_MAX_DIMS) != out->ndim)
+        goto done;
+    pointer = PyObject_CallMethodNoArgs(obj, torch->data_ptr);
+    if (pointer == NULL)
+        goto done;
+    out->data = PyLong_AsVoidPtr(pointer);
+    out->shape = out->room;
+    out->strides = out->room + PEFTC_MAX_DIMS;
+    good = !PyErr_Occurred();
+done:
+    Py_XDECREF(device);
+    Py_XDECREF(type);
+    Py_XDECREF(dtype);
+    Py_XDECREF(shape);
+    Py_XDECREF(strides);
+    Py_XDECREF(pointer);
+    return good;
+}
+
+static bool read_exchange(const peftc_torch *torch, PyObject *obj, peftc_tensor *out)
+{
+    exchange_tensor tensor = {.data = NULL};
+    if (torch->describe(obj, &tensor) != 0 || tensor.device_type != DEVICE_CPU)
+        return false;
+    out->dtype = dtype_of_exchange(&tensor);
+    out->ndim = tensor.ndim;
+    out->shape = tensor.shape;
+    out->strides = tensor.strides;
+    out->data = tensor.data != NULL ? (char *)tensor.data + tensor.byte_offset : NULL;
+    return out->dtype != PC_DTYPE_NONE && tensor.ndim >= 0 && tensor.ndim <= PEFTC_MAX_DIMS &&
+           (tensor.ndim == 0 || (tensor.shape != NULL && tensor.strides != NULL));
+}
+
+static bool is_negative(const peftc_torch *torch, PyObject *obj)
+{
+    PyObject *answer = torch->is_neg != NULL ? torch->is_neg(obj, NULL)
+                                             : PyObject_CallOneArg(torch->is_neg_method, obj);
+    bool yes = answer != Py_False;
+    Py_XDECREF(answer);
+    return yes;
+}
+
+bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out)
+{
+    const peftc_torch *torch = state->torch;
+    if (torch == NULL && (torch = torch_find(state)) == NULL)
+        return false;
+    PyTypeObject *type = Py_TYPE(obj);
+    if (type != torch->tensor && type != torch->parameter)
+        return false;
+    /* Asked first: it runs torch's code, and what is described must still hold afterwards. */
+    if ((type == torch->tensor && is_negative(torch, obj)) ||
+        !(torch->describe != NULL ? read_exchange(torch, obj, out) : read_attributes(torch, obj, out))) {
+        PyErr_Clear();
+        return false;
+    }
+    if (out->data == NULL) { /* fine for a tensor without elements only */
+        for (int i = 0; i < out->ndim; i++)
+            if (out->shape[i] == 0)
+                return true;
+        return false;
+    }
+    return ((uintptr_t)out->data & (pc_dtype_size(out->dtype) - 1)) == 0;
+}
+
+bool peftc_tensor_rows(const peftc_tensor *t, peftc_rows *out)
+{
+    if (t->ndim < 1)
+        return false;
+    int last = t->ndim - 1;
+    *out = (peftc_rows){t->data, 1, t->shape[last], t->shape[last]};
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] < 0 || t->strides[i] < 0)
+            return false;
+        if (t->shape[i] == 0) { /* nothing to read: any strides will do */
+            int64_t rows = 1;
+            for (int j = 0; j < last; j++)
+                if (__builtin_mul_overflow(rows, t->shape[j], &rows))
+                    return false;
+            out->rows = rows;
+            return true;
+        }
+    }
+    if (t->strides[last] != 1)
+        return false;
+    int64_t stride = 0;
+    bool found = false; /* a dimension with more than one row */
+    for (int i = last - 1; i >= 0; i--) {
+        if (t->shape[i] == 1)
+            continue;
+        int64_t expected;
+        if (!found)
+            stride = t->strides[i];
+        else if (__builtin_mul_overflow(stride, out->rows, &expected) || expected != t->strides[i])
+            return false;
+        if (__builtin_mul_overflow(out->rows, t->shape[i], &out->rows))
+            return false;
+        found = true;
+    }
+    if (found)
+        out->stride = stride;
+    return true;
+}
+
+bool peftc_tensor_packed(const peftc_tensor *t)
+{
+    int64_t expected = 1;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        if (t->shape[i] == 0)
+            return true;
+        if (t->shape[i] != 1 && t->strides[i] != expected)
+            return false;
+        if (__builtin_mul_overflow(expected, t->shape[i], &expected))
+            return false;
+    }
+    return true;
+}

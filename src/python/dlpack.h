@@ -1,0 +1,49 @@
+/* torch tensors as plain memory, without torch's headers.
+ *
+ * torch publishes a table of C functions (DLPack's exchange interface) as a capsule on its tensor type; the one that
+ * we call tells where a tensor's memory is in tens of nanoseconds.  A torch that has no such table is asked attribute
+ * by attribute, with the same results.
+ */
+#ifndef PEFTC_PYTHON_DLPACK_H
+#define PEFTC_PYTHON_DLPACK_H
+
+#include "binding.h"
+
+#include "../core/dtype.h"
+
+/* More dimensions than any activation has; a tensor with more is left to torch. */
+#define PEFTC_MAX_DIMS 8
+
+typedef struct peftc_tensor {
+    char *data;
+    pc_dtype dtype;
+    int ndim;
+    /* Of the tensor itself or in `room`: valid until the GIL is released or other Python code runs. */
+    const int64_t *shape, *strides; /* in elements */
+    int64_t room[2 * PEFTC_MAX_DIMS];
+} peftc_tensor;
+
+/* A tensor as rows: the last dimension, whose elements are neighbours, and all others taken together. */
+typedef struct peftc_rows {
+    char *data;
+    int64_t rows, cols, stride; /* from row to row, in elements; cols if there is only one row */
+} peftc_rows;
+
+/* Describe obj.  False, and no exception, for whatever is not memory that our kernels may use as it stands: not
+ * a torch.Tensor or torch.nn.Parameter (subclasses may mean anything), not on the CPU, no float dtype, no memory of
+ * its own (meta, fake, sparse, freed, wrapped by functorch, …), memory that is to be read with the sign turned
+ * (torch's negative bit; of Parameters, which are made from what has been computed, this is not asked), misaligned.
+ * torch's modes (autocast, dispatch modes, forward-mode AD) are not visible here: callers look at them. */
+bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out);
+
+/* The same tensor as rows; false if the rows are not evenly spaced or their elements are not neighbours. */
+bool peftc_tensor_rows(const peftc_tensor *tensor, peftc_rows *out);
+
+/* Whether the tensor's elements lie one after the other in the order of its dimensions. */
+bool peftc_tensor_packed(const peftc_tensor *tensor);
+
+/* What is remembered about torch; in the module's state. */
+void peftc_forget_torch(peftc_state *state);
+int peftc_visit_torch(peftc_state *state, visitproc visit, void *arg);
+
+#endif

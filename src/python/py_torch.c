@@ -1,0 +1,272 @@
+/* Kernels on torch tensors, for the layers of the torch host.
+ *
+ * Every function here answers True when it has done the work and False, with nothing written, when the tensors are not
+ * what the kernels take; the caller then uses torch's own operations.  The results are written into tensors that the
+ * caller has made.  autograd does not see any of it, and torch's modes are not looked at: both are the caller's.
+ */
+#include "dlpack.h"
+
+#include "../kernels/lowrank.h"
+
+/* Multiply-adds below which a call takes less time than giving up the GIL is worth. */
+#define WORTH_RELEASING 65536.0
+/* More adapters at once than this are left to torch. */
+#define MOST_TERMS 32
+
+typedef struct operand {
+    peftc_rows rows;
+    pc_dtype dtype;
+    int ndim;
+    bool packed;
+} operand;
+
+/* One tensor, and that its dtype is *dtype; the first one sets it. */
+static bool take(peftc_state *state, PyObject *obj, pc_dtype *dtype, operand *out)
+{
+    peftc_tensor tensor;
+    if (!peftc_read_tensor(state, obj, &tensor) || !peftc_tensor_rows(&tensor, &out->rows))
+        return false;
+    if (*dtype == PC_DTYPE_NONE)
+        *dtype = tensor.dtype;
+    out->dtype = tensor.dtype;
+    out->ndim = tensor.ndim;
+    out->packed = out->rows.rows <= 1 || out->rows.stride == out->rows.cols;
+    return tensor.dtype == *dtype;
+}
+
+static bool take_matrix(peftc_state *state, PyObject *obj, pc_dtype *dtype, operand *out)
+{
+    return take(state, obj, dtype, out) && out->ndim == 2 && out->packed;
+}
+
+/* A vector of n elements, or None: *out is NULL. (n, 1) is a vector, too, where it may be a column. */
+static bool take_vector(peftc_state *state, PyObject *obj, pc_dtype *dtype, int64_t n, bool column, void **out,
+                        operand *whole)
+{
+    *out = NULL;
+    if (obj == Py_None)
+        return true;
+    if (!take(state, obj, dtype, whole) || !whole->packed)
+        return false;
+    *out = whole->rows.data;
+    if (whole->ndim == 1)
+        return whole->rows.cols == n;
+    return column && whole->ndim == 2 && whole->rows.cols == 1 && whole->rows.rows == n;
+}
+
+/* Bytes from the first to the last element. */
+static size_t span(const operand *x)
+{
+    if (x->rows.rows == 0 || x->rows.cols == 0)
+        return 0;
+    return (size_t)((x->rows.rows - 1) * x->rows.stride + x->rows.cols) * pc_dtype_size(x->dtype);
+}
+
+static bool overlap(const operand *a, const operand *b)
+{
+    uintptr_t p = (uintptr_t)a->rows.data, q = (uintptr_t)b->rows.data;
+    return p < q + span(b) && q < p + span(a);
+}
+
+/* Rows of an output must not share memory with each other. */
+static bool writable(const operand *x) { return x->rows.rows <= 1 || x->rows.stride >= x->rows.cols; }
+
+static bool same_memory(const operand *a, const operand *b)
+{
+    return a->rows.data == b->rows.data && (a->rows.rows <= 1 || a->rows.stride == b->rows.stride);
+}
+
+static bool take_number(PyObject *obj, double *out)
+{
+    if (PyFloat_CheckExact(obj)) {
+        *out = PyFloat_AS_DOUBLE(obj);
+        return true;
+    }
+    if (!PyFloat_Check(obj) && !PyLong_Check(obj))
+        return false;
+    *out = PyFloat_AsDouble(obj);
+    if (*out == -1.0 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return false;
+    }
+    return true;
+}
+
+static bool count_is(const char *name, Py_ssize_t have, Py_ssize_t want)
+{
+    if (have != want)
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd positional arguments, got %zd", name, want, have);
+    return have == want;
+}
+
+/* True, False for what a kernel does not take, or an exception. */
+static PyObject *answer(peftc_state *state, pc_status status, const pc_error *err)
+{
+    if (status == PC_OK)
+        Py_RETURN_TRUE;
+    if (status == PC_ERR_UNSUPPORTED || status == PC_ERR_VALUE)
+        Py_RETURN_FALSE;
+    return peftc_raise(state, err);
+}
+
+/* ------------------------------------------------------------------- forward */
+
+PyDoc_STRVAR(lowrank_forward_doc,
+             "lowrank_forward(x, y, out, terms, /)\n--\n\n"
+             "out = y + the sum over terms of scaling * (((x @ A.T) * E) @ B.T + bias), on CPU tensors.\n\n"
+             "Args:\n"
+             "    x: (..., in).\n"
+             "    y: (..., out_features), with as many rows as x.\n"
+             "    out: like y; y itself, or memory that overlaps with no other argument. Overwritten.\n"
+             "    terms: a tuple of tuples (A, B, scaling, E, bias): A (r, in), B (out_features, r), a number,\n"
+             "        E (r,) or (r, 1) or None, bias (out_features,) or None.\n\n"
+             "All tensors are of one dtype, float32, float64, float16 or bfloat16. Sums are in float32, or float64 for\n"
+             "float64, and rounded once.\n\n"
+             "Returns True when it is done; False, with nothing written, when a tensor is not one that the kernel takes\n"
+             "(device, dtype, strides, shape, a subclass, ...): compute the same with torch then. Raises MemoryError.");
+
+static PyObject *lowrank_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (!count_is("lowrank_forward", nargs, 4))
+        return NULL;
+    peftc_state *state = peftc_get_state(module);
+    pc_dtype dtype = PC_DTYPE_NONE;
+    operand x, y, out, other;
+    pc_lowrank_term terms[MOST_TERMS];
+    PyObject *tuple = args[3];
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) > MOST_TERMS || !take(state, args[0], &dtype, &x) ||
+        !take(state, args[1], &dtype, &y))
+        Py_RETURN_FALSE;
+    if (args[2] == args[1])
+        out = y;
+    else if (!take(state, args[2], &dtype, &out))
+        Py_RETURN_FALSE;
+    int64_t m = x.rows.rows, k = x.rows.cols, n = y.rows.cols;
+    if (y.rows.rows != m || out.rows.rows != m || out.rows.cols != n || !writable(&out) || overlap(&out, &x) ||
+        (overlap(&out, &y) && !same_memory(&out, &y)))
+        Py_RETURN_FALSE;
+    int count = (int)PyTuple_GET_SIZE(tuple);
+    double work = (double)m * (double)n;
+    for (int t = 0; t < count; t++) {
+        PyObject *item = PyTuple_GET_ITEM(tuple, t);
+        if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 5)
+            Py_RETURN_FALSE;
+        pc_lowrank_term *term = &terms[t];
+        operand a, b;
+        void *e, *bias;
+        if (!take_matrix(state, PyTuple_GET_ITEM(item, 0), &dtype, &a) ||
+            !take_matrix(state, PyTuple_GET_ITEM(item, 1), &dtype, &b) ||
+            !take_number(PyTuple_GET_ITEM(item, 2), &term->scale) || a.rows.cols != k || b.rows.rows != n ||
+            a.rows.rows != b.rows.cols || overlap(&out, &a) || overlap(&out, &b))
+            Py_RETURN_FALSE;
+        term->r = a.rows.rows;
+        if (!take_vector(state, PyTuple_GET_ITEM(item, 3), &dtype, term->r, true, &e, &other) ||
+            (e != NULL && overlap(&out, &other)) ||
+            !take_vector(state, PyTuple_GET_ITEM(item, 4), &dtype, n, false, &bias, &other) ||
+            (bias != NULL && overlap(&out, &other)))
+            Py_RETURN_FALSE;
+        term->a = a.rows.data;
+        term->b = b.rows.data;
+        term->e = e;
+        term->bias = bias;
+        work += (double)m * (double)(n + k) * (double)term->r;
+    }
+    pc_error err;
+    pc_status status;
+    PyThreadState *saved = work >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
+    status = pc_lowrank_forward(state->rt, dtype, m, n, k, x.rows.data, x.rows.stride, y.rows.data, y.rows.stride,
+                                out.rows.data, out.rows.stride, terms, count, &err);
+    if (saved != NULL)
+        PyEval_RestoreThread(saved);
+    return answer(state, status, &err);
+}
+
+/* ------------------------------------------------------------------ backward */
+
+PyDoc_STRVAR(lowrank_backward_doc,
+             "lowrank_backward(grad, x, A, B, E, scaling, dx, dA, dB, dE, /)\n--\n\n"
+             "The derivatives of lowrank_forward for one term without bias.\n\n"
+             "Args:\n"
+             "    grad: (..., out_features), what comes in for its result.\n"
+             "    x, A, B, E, scaling: as they were in the forward call; E may be None.\n"
+             "    dx: like x, overwritten with scaling * ((grad @ B) * E) @ A; or None.\n"
+             "    dA: (r, in), overwritten with scaling * ((grad @ B) * E).T @ x; or None.\n"
+             "    dB: (out_features, r), overwritten with scaling * grad.T @ ((x @ A.T) * E); or None.\n"
+             "    dE: (r,) or (r, 1), overwritten with scaling * the sum over rows of (grad @ B) * (x @ A.T); or None.\n\n"
+             "dtypes and sums are as in lowrank_forward; x @ A.T is computed again. Nothing that is written may overlap\n"
+             "with anything else. The results do not depend on the number of threads.\n\n"
+             "Returns True when it is done; False, with nothing written, when a tensor is not one that the kernel takes.\n"
+             "Raises MemoryError.");
+
+static PyObject *lowrank_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (!count_is("lowrank_backward", nargs, 10))
+        return NULL;
+    enum { GRAD, X, A, B, E, DX, DA, DB, DE, COUNT };
+    peftc_state *state = peftc_get_state(module);
+    pc_dtype dtype = PC_DTYPE_NONE;
+    operand all[COUNT];
+    bool given[COUNT] = {false};
+    void *e, *de;
+    pc_lowrank_term term = {.r = 0};
+    if (!take(state, args[0], &dtype, &all[GRAD]) || !take(state, args[1], &dtype, &all[X]) ||
+        !take_matrix(state, args[2], &dtype, &all[A]) || !take_matrix(state, args[3], &dtype, &all[B]) ||
+        !take_number(args[5], &term.scale))
+        Py_RETURN_FALSE;
+    int64_t m = all[X].rows.rows, k = all[X].rows.cols, n = all[GRAD].rows.cols, r = all[A].rows.rows;
+    if (all[GRAD].rows.rows != m || all[A].rows.cols != k || all[B].rows.rows != n || all[B].rows.cols != r ||
+        !take_vector(state, args[4], &dtype, r, true, &e, &all[E]) ||
+        !take_vector(state, args[9], &dtype, r, true, &de, &all[DE]))
+        Py_RETURN_FALSE;
+    given[GRAD] = given[X] = given[A] = given[B] = true;
+    given[E] = e != NULL;
+    given[DE] = de != NULL;
+    if (args[6] != Py_None) {
+        given[DX] = true;
+        if (!take(state, args[6], &dtype, &all[DX]) || all[DX].rows.rows != m || all[DX].rows.cols != k ||
+            !writable(&all[DX]))
+            Py_RETURN_FALSE;
+    }
+    if (args[7] != Py_None) {
+        given[DA] = true;
+        if (!take_matrix(state, args[7], &dtype, &all[DA]) || all[DA].rows.rows != r || all[DA].rows.cols != k)
+            Py_RETURN_FALSE;
+    }
+    if (args[8] != Py_None) {
+        given[DB] = true;
+        if (!take_matrix(state, args[8], &dtype, &all[DB]) || all[DB].rows.rows != n || all[DB].rows.cols != r)
+            Py_RETURN_FALSE;
+    }
+    for (int i = DX; i < COUNT; i++)
+        for (int j = 0; j < i && given[i]; j++)
+            if (given[j] && overlap(&all[i], &all[j]))
+                Py_RETURN_FALSE;
+    term.r = r;
+    term.a = all[A].rows.data;
+    term.b = all[B].rows.data;
+    term.e = e;
+    pc_error err;
+    pc_status status;
+    PyThreadState *saved = (double)m * (double)(n + k) * (double)r >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
+    status = pc_lowrank_backward(state->rt, dtype, m, n, k, all[GRAD].rows.data, all[GRAD].rows.stride,
+                                 all[X].rows.data, all[X].rows.stride, &term, given[DX] ? all[DX].rows.data : NULL,
+                                 given[DX] ? all[DX].rows.stride : 0, given[DA] ? all[DA].rows.data : NULL,
+                                 given[DB] ? all[DB].rows.data : NULL, de, &err);
+    if (saved != NULL)
+        PyEval_RestoreThread(saved);
+    return answer(state, status, &err);
+}
+
+#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
+
+static PyMethodDef functions[] = {
+    {"lowrank_forward", FASTCALL(lowrank_forward), METH_FASTCALL, lowrank_forward_doc},
+    {"lowrank_backward", FASTCALL(lowrank_backward), METH_FASTCALL, lowrank_backward_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+int peftc_add_torch(PyObject *module, peftc_state *state)
+{
+    (void)state;
+    return PyModule_AddFunctions(module, functions);
+}
