@@ -115,6 +115,32 @@ static pc_status add_named(walk *w, uint32_t tensor, pc_error *err)
     return PC_OK;
 }
 
+/* Of a key that is given twice the last value counts in Python.  torch.save never writes one, and which tensors a
+ * file has must not depend on who reads it. */
+static pc_status check_keys(walk *w, const pc_pickle_object *dict, size_t prefix, int depth, pc_error *err)
+{
+    const pc_pickle_ref *items = pc_pickle_items(dict);
+    pc_strmap keys;
+    pc_strmap_init(&keys);
+    pc_status status = PC_OK;
+    for (uint32_t i = 0; i < dict->count && status == PC_OK; i += 2) {
+        const pc_pickle_object *key = &w->pickle->objects[items[i]];
+        size_t other;
+        if (key->kind != PC_PICKLE_TEXT)
+            continue;
+        const char *text = pc_pickle_bytes(w->pickle, key);
+        if (pc_strmap_get(&keys, text, key->count, &other)) {
+            status = set_name(w, prefix, depth > 1, text, key->count, err);
+            if (status == PC_OK)
+                status = about_entry(w, err, "is given twice in one dict");
+        } else if (!pc_strmap_put(&keys, text, key->count, i)) {
+            status = pc_fail_nomem(err, "the keys of a dict");
+        }
+    }
+    pc_strmap_free(&keys);
+    return status;
+}
+
 static pc_status flatten(walk *w, pc_pickle_ref dict, size_t prefix, int depth, pc_error *err)
 {
     if (depth > MAX_NESTING)
@@ -126,6 +152,7 @@ static pc_status flatten(walk *w, pc_pickle_ref dict, size_t prefix, int depth, 
         return pc_bin_wrong(w->bin, err, "has more than 4194304 entries in its dicts");
     w->visits += object->count / 2;
     pc_status status = PC_OK;
+    size_t tensors_before = w->count;
     for (uint32_t i = 0; i < object->count && status == PC_OK; i += 2) {
         const pc_pickle_object *key = &pickle->objects[items[i]], *value = &pickle->objects[items[i + 1]];
         if (key->kind != PC_PICKLE_TEXT) {
@@ -148,6 +175,8 @@ static pc_status flatten(walk *w, pc_pickle_ref dict, size_t prefix, int depth, 
                                            "holds tensors in something other than a dict; save them as a flat dict",
                                            err);
     }
+    if (status == PC_OK && w->count != tensors_before)
+        status = check_keys(w, object, prefix, depth, err);
     return status;
 }
 
