@@ -1,54 +1,55 @@
-"""Seeds for fuzz_torch_bin: files of torch.save, and the pickles in them.
+"""Seeds for fuzz_torch_bin: files in the layouts of torch.save, and the pickles in them. Made without torch.
 
 usage: python tests/fuzz/seeds_torch_bin.py FOLDER
 """
 
 import collections
-import io
+import random
 import sys
-import zipfile
 from pathlib import Path
 
-import torch
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bin_files import BFloat16, one, random_state, save, taken_apart, tensor, text
+
+
+def states() -> dict[str, dict]:
+    base = np.arange(24, dtype=np.float32)
+    views = {"t": base.reshape(4, 6).T, "e": np.broadcast_to(base[:3], (2, 3)), "s": base[3:4], "p": base[:4]}
+    types = {kind: np.ones(3, kind) for kind in ("f2", "f8", "?", "u1", "i1", "i2", "i4", "i8", "c8")}
+    rng = random.Random(0)
+    return {
+        "plain": {"w": base},
+        "views": views,
+        "types": types | {"bf16": np.ones(3, "u2").view(BFloat16)},
+        "other": {"a": {"b": base, "n": None}, "x": [1, (2.0, "s")], "o": collections.OrderedDict(k={1})},
+    } | {f"random{i}": random_state(rng) for i in range(8)}
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    base = torch.arange(24.0)
-    attributed = torch.ones(2)
-    attributed.note = "x"
-    states = {
-        "plain": {"w": base},
-        "views": {"t": base.view(4, 6).T, "e": base[:3].expand(2, 3), "s": base[3], "p": torch.nn.Parameter(base[:4])},
-        "module": torch.nn.Linear(4, 6).state_dict(),
-        "types": {str(d): torch.ones(3, dtype=d) for d in (torch.bfloat16, torch.uint16, torch.bool, torch.int64)},
-        "other": {
-            "a": {"b": base, "n": None},
-            "x": [1, (2.0, "s")],
-            "o": collections.OrderedDict(k={1}),
-            "t": attributed,
-        },
-    }
-    for name, state in states.items():
+    for name, state in states().items():
         for protocol in (2, 4):
             for as_zip in (True, False):
-                if name == "types" and not as_zip:
-                    continue
-                buffer = io.BytesIO()
-                torch.save(state, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=as_zip)
+                data = save(state, protocol, as_zip)
                 stem = f"{name}-{protocol}-{'zip' if as_zip else 'legacy'}"
-                (folder / stem).write_bytes(b"\0" + buffer.getvalue())
-                if as_zip:
-                    with zipfile.ZipFile(buffer) as archive:
-                        pickled = archive.read("archive/data.pkl")
-                    (folder / f"{stem}-pickle").write_bytes(b"\1" + pickled)
-    for mode in (1, 2):
-        view = b"N" if mode == 2 else b""
-        body = (
-            b"\x80\x02}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((U\7storagectorch\nFloatStorage\nU\0010U\3cpuK\x18"
-            + view + b"tQK\0K\4K\6\x86K\6K\1\x86\x89ccollections\nOrderedDict\n)RtRs."
-        )  # fmt: skip
-        (folder / f"hand-{mode}").write_bytes(bytes([mode]) + body)
+                (folder / stem).write_bytes(b"\0" + data)
+                (folder / f"{stem}-pickle").write_bytes((b"\1" if as_zip else b"\2") + taken_apart(data)[0])
+    # what the target's storage of 24 float32 fits, so that a changed pickle still finds its tensor
+    fits = tensor(shape=(4, 6), stride=(6, 1), count=24)
+    note = b"}" + text("note") + text("x") + b"s"
+    ordered = b"ccollections\nOrderedDict\n)R"
+    attributed = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + fits.partition(b"\n(")[0] + b"\nctorch\nTensor\n("
+    attributed += fits.partition(b"\n(")[2].removesuffix(b"R") + note + b"tR"
+    for name, value in {
+        "fits": fits,
+        "parameter": b"ctorch._utils\n_rebuild_parameter\n(" + fits + b"\x88" + ordered + b"tR",
+        "attributed": attributed,
+    }.items():
+        (folder / f"hand-{name}").write_bytes(b"\1" + one(value))
+        (folder / f"hand-{name}-legacy").write_bytes(b"\2" + one(value.replace(b"tQ", b"NtQ")))
 
 
 if __name__ == "__main__":
