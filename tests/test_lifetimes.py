@@ -284,3 +284,56 @@ def test_fork_while_another_thread_loads() -> None:
         thread.join()
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("work", ["forward", "load", "both"])
+def test_fork_while_another_thread_works(work: str, tmp_path: Path) -> None:
+    """Forward passes on several threads and loads of files go on while the process forks; the child can do both."""
+    code = f"""
+        import json, os, signal, sys, threading, numpy as np
+        import peftc
+        from peftc import nn
+        from peftc._core import AdapterRegistry
+        layer, r = nn.Linear(512, 512), AdapterRegistry()
+        r.bind([("", nn.Module()), ("l", layer)])
+        config = json.dumps({{"peft_type": "LORA", "r": 64, "target_modules": ["l"], "init_lora_weights": False}})
+        file, x = {str(tmp_path / "adapter_model.safetensors")!r}, np.ones((256, 512), "float32")
+        peftc.set_num_threads(2)
+        r.add("first", config)
+        r.save("first", file)
+        r.activate(["first"])
+        want = layer(x)
+        stop, rounds, wrong = threading.Event(), [0, 0], []
+        def forward():
+            while not stop.is_set():
+                if not np.array_equal(layer(x), want):
+                    wrong.append("forward")
+                rounds[0] += 1
+        def load():
+            while not stop.is_set():
+                r.load("again", config, file)
+                r.remove("again")
+                rounds[1] += 1
+        jobs = {{"forward": [forward], "load": [load], "both": [forward, load]}}[{work!r}]
+        threads = [threading.Thread(target=job) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for i in range(8):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                good = np.array_equal(layer(x), want)
+                r.load("mine", config, file)
+                r.activate(["mine"])
+                good = good and np.array_equal(layer(x), want)
+                r.save("mine", file + str(i))
+                r.remove("mine")
+                os._exit(0 if good else 1)
+            assert os.waitpid(child, 0)[1] == 0, i
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong and all(rounds[j] > 0 for j, job in enumerate((forward, load)) if job in jobs)
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=300)
