@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bin_files
 import numpy as np
 import pytest
 
@@ -90,15 +91,96 @@ def test_add(model: Model, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("source", ["dict", "file"])
+@pytest.mark.parametrize("source", ["dict", "safetensors", "bin", "legacy bin"])
 def test_load(model: Model, method: str, source: str, tmp_path: Path) -> None:
-    r, path = model.registry, str(tmp_path / "adapter_model.safetensors")
-    r.save(method, path)
+    r = model.registry
     tensors = {k: v.astype("float32") for k, v in r.state_dict(method).items()}
-    weights = path if source == "file" else tensors
+    weights: Any = tensors
+    if source == "safetensors":
+        weights = str(tmp_path / "adapter_model.safetensors")
+        r.save(method, weights)
+    elif source != "dict":
+        weights = str(tmp_path / "adapter_model.bin")
+        views = {k: np.asfortranarray(v) for k, v in tensors.items()}  # gathered from their storages
+        Path(weights).write_bytes(bin_files.save(views, as_zip=source == "bin"))
     assert (
         each_failure(lambda: r.load("new", CONFIGS[method], weights), lambda: contents(r), lambda: r.remove("new")) > 5
     )
+
+
+class Others(nn.Module):
+    """What a text model has beside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.mix = nn.Conv1D(6, 6)
+        self.image = nn.Conv2d(1, 2, 3, padding=1)
+        self.eval()
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        x = self.mix(self.embed(ids))
+        return self.image(np.expand_dims(x, 1))
+
+
+OTHERS = {
+    "embedding": {"target_modules": ["embed"], "use_dora": False},
+    "embedding, dora": {"target_modules": ["embed"], "use_dora": True},
+    "conv1d": {"target_modules": ["mix"], "fan_in_fan_out": True, "use_rslora": True},
+    "conv1d, dora": {"target_modules": ["mix"], "fan_in_fan_out": True, "use_dora": True},
+    "conv2d": {"target_modules": ["image"]},
+    "conv2d, dora": {"target_modules": ["image"], "use_dora": True},
+    "pissa": {"target_modules": ["mix"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
+    "pissa, iterations": {"target_modules": ["mix"], "fan_in_fan_out": True, "init_lora_weights": "pissa_niter_2"},
+    "olora": {"target_modules": ["mix"], "fan_in_fan_out": True, "init_lora_weights": "olora"},
+    "orthogonal": {"target_modules": ["mix"], "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
+    "gaussian": {"target_modules": ["mix"], "fan_in_fan_out": True, "init_lora_weights": "gaussian"},
+    "lora_bias": {"target_modules": ["mix", "image"], "fan_in_fan_out": True, "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_and_starts(name: str) -> None:
+    """Adding, running, merging, unmerging and reading an adapter of each kind of layer and of each start."""
+    model, ids = Others(), np.array([[1, 2, 3], [4, 5, 6]])
+    r = AdapterRegistry()
+    r.bind(list(model.named_modules()))
+    config = json.dumps({"peft_type": "LORA", "r": 2, **OTHERS[name]})
+    plain = model(ids)
+    weights = lambda: [p.data.tobytes() for p in model.parameters()]
+    whole = weights()
+
+    def state() -> Any:
+        return contents(r), weights()
+
+    assert each_failure(lambda: r.add("new", config), state, lambda: r.remove("new")) > 5
+    r.activate(["new"])
+    want = model(ids)
+    each_failure(lambda: model(ids), lambda: np.array_equal(model(ids), want))
+    assert each_failure(r.merge, state, r.unmerge) > 1
+    r.unmerge()
+    r.remove("new")
+    assert weights() == whole and np.array_equal(model(ids), plain)
+
+
+def test_bin_files(tmp_path: Path) -> None:
+    base = np.arange(24, dtype="float32").reshape(4, 6)
+    state = {"a": base, "t": base.T, "s": base[::2, 1:], "d": {"h": np.ones(5, "float16"), "n": [1, ("x", None)]}}
+    path = tmp_path / "x.bin"
+    for as_zip in (True, False):
+        for protocol in (2, 4):
+            data = bin_files.save(state, protocol, as_zip)
+            path.write_bytes(data)
+            assert each_failure(lambda data=data: _core.parse_torch_bin(data), lambda: None) > 10
+            assert each_failure(lambda: _core.load_torch_bin(str(path)), lambda: None) > 10
+            assert each_failure(lambda: _core.torch_bin_raw(str(path)), lambda: None) > 10
+
+
+def test_patterns() -> None:
+    for pattern in ("(a|b)*c{2,4}", r".*\.(query|value)", r"(?P<x>[a-z]+)_(?P=x)", r"(?i:É|é)+?$"):
+        for match in (_core.pattern_fullmatch, _core.pattern_match_suffix, _core.pattern_search):
+            calls = each_failure(lambda m=match, p=pattern: m(p, "layer.0.value"), lambda: None)
+            assert calls > 2, (pattern, match)
 
 
 def test_bind(model: Model) -> None:
@@ -169,6 +251,7 @@ def test_state_dict_and_save(model: Model, tmp_path: Path) -> None:
     r, path = model.registry, tmp_path / "adapter_model.safetensors"
     assert each_failure(lambda: r.state_dict("lora"), lambda: r.names()) > 0
     assert each_failure(lambda: r.tensors("lora"), lambda: r.names()) > 0
+    each_failure(lambda: r.layout("lora"), lambda: r.names())
     assert each_failure(lambda: r.save("lora", str(path)), lambda: sorted(p.name for p in tmp_path.iterdir())) > 2
 
 
