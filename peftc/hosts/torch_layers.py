@@ -5,11 +5,13 @@ whatever the number of layers.  Layers are stamped from templates (`stamp`), wit
 random initial values that something else overwrites.
 """
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
+
+from .. import _core
+
 
 class Switch:
     """Which adapters of a model are active. `live` is what a forward pass reads: the active names, or none."""
@@ -29,41 +31,19 @@ class Switch:
         self.live = self.active if self.enabled and not self.merged else ()
 
 
-class Template:
-    """How to make modules like a given one: far cheaper than its constructor, and without initial values."""
-
-    __slots__ = ("cls", "empty", "shared", "state")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.cls = type(module)
-        self.state = module.__dict__
-        #: attributes that are an empty dict, OrderedDict, set or list: each module gets its own
-        self.empty = [(k, type(v)) for k, v in self.state.items() if type(v) in _CONTAINERS and not v]
-        copied = [(k, v) for k, v in self.state.items() if type(v) in _CONTAINERS and v]
-        self.shared = copied
-
-    def stamp(self) -> Any:
-        made = object.__new__(self.cls)
-        state = made.__dict__
-        state.update(self.state)
-        for key, make in self.empty:
-            state[key] = make()
-        for key, value in self.shared:
-            state[key] = value.copy()
-        return made
-
-
-_CONTAINERS = frozenset({dict, OrderedDict, set, list})
-_TEMPLATES: dict[Any, Template] = {}
+_TEMPLATES: dict[Any, nn.Module] = {}
 
 
 def stamp(key: Any, make: Any) -> Any:
-    """A new module like the one that `make()` gives; it is asked once per key."""
+    """A new module like the one that `make()` gives, which is asked once per key.
+
+    Far cheaper than a constructor, and without initial values.
+    """
     template = _TEMPLATES.get(key)
     if template is None:
         with torch.device("meta"):
-            template = _TEMPLATES[key] = Template(make())
-    return template.stamp()
+            template = _TEMPLATES[key] = make()
+    return _core.module_like(template)
 
 
 def module_dict() -> nn.ModuleDict:
@@ -84,9 +64,13 @@ def dropout_module(p: float, training: bool) -> nn.Module:
     if p > 0.0:
         made = stamp(("dropout", p), lambda: nn.Dropout(p))
     else:
-        made = stamp(nn.Identity, nn.Identity)
+        return _NO_DROPOUT
     made.__dict__["training"] = training
     return made
+
+
+#: One for all: it has no state, and its mode does not matter.
+_NO_DROPOUT = nn.Identity()
 
 
 def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:

@@ -179,7 +179,8 @@ class Linear(LoraLayer):
                 result = self._dora(name, x, result)
             else:
                 plain.append(name)
-        return self._plain(x, result, plain).to(dtype)
+        result = self._plain(x, result, plain)
+        return result if result.dtype is dtype else result.to(dtype)
 
     def _plain(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor:
         if not names:

@@ -15,8 +15,6 @@ from torch.autograd import forward_ad
 from .. import _core
 
 _C: Any = torch._C
-_forward: Any = getattr(_core, "lowrank_forward", None)
-_backward: Any = getattr(_core, "lowrank_backward", None)
 
 #: (A module, B module, dropout module, scaling, adapter name) of each adapter that applies
 Term = tuple[Any, Any, Any, float, str]
@@ -82,7 +80,7 @@ def _in_c(layer: Any, x: torch.Tensor, result: torch.Tensor, terms: Sequence[Ter
     if wants_grad and torch.is_grad_enabled():
         return _with_grad(x, result, rows)
     own = result if _fresh(layer) else torch.empty_like(result)
-    return own if _forward is not None and _forward(x, result, own, tuple(rows)) else None
+    return own if _core.lowrank_forward(x, result, own, tuple(rows)) else None
 
 
 def _fresh(layer: Any) -> bool:
@@ -92,7 +90,7 @@ def _fresh(layer: Any) -> bool:
 
 
 def _with_grad(x: torch.Tensor, result: torch.Tensor, rows: list[Any]) -> torch.Tensor | None:
-    if _backward is None or x.dtype != result.dtype or any(down.dtype != x.dtype for down, *_ in rows):
+    if x.dtype != result.dtype or any(down.dtype != x.dtype for down, *_ in rows):
         return None
     for down, up, scaling, _, bias in rows:
         if bias is not None:
@@ -109,7 +107,7 @@ class LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, down, up)
         ctx.scaling = scaling
         out = torch.empty_like(y)
-        if not _forward(x, y, out, ((down, up, scaling, None, None),)):
+        if not _core.lowrank_forward(x, y, out, ((down, up, scaling, None, None),)):
             out = torch.addmm(
                 y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ down.T, up.T, alpha=scaling
             ).view(y.shape)
@@ -126,7 +124,7 @@ class LowRank(torch.autograd.Function):
                 torch.empty_like(of, memory_format=torch.contiguous_format) if need else None
                 for of, need in ((x, need_x), (down, need_down), (up, need_up))
             ]
-            if _backward(grad_c, x, down, up, None, scaling, *made, None):
+            if _core.lowrank_backward(grad_c, x, down, up, None, scaling, *made, None):
                 return made[0], grad if need_y else None, made[1], made[2], None
         flat_g, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         through = flat_g @ up * scaling

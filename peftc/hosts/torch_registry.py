@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _core
 from .._core import AdapterRegistry
 from . import torch_adalora, torch_files, torch_ia3, torch_lora
 from .torch_layers import AdaptedLayer, Switch
@@ -282,9 +283,8 @@ class TorchRegistry:
 
     def _flag(self, name: str, value: bool) -> None:
         adapter = self._adapters[name]
-        for _, layer in adapter.layers:
-            for tensor in layer.tensors_of(name):
-                tensor.requires_grad = value
+        tensors = [tensor for _, layer in adapter.layers for tensor in layer.tensors_of(name)]
+        _core.set_requires_grad(tensors, value)
         for _, wrapper in adapter.saved:
             wrapper.copies()[name].requires_grad_(value)
         for _, module, field, _ in adapter.biases:
