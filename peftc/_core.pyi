@@ -69,7 +69,12 @@ class AdapterRegistry:
     """One model's modules, its adapters, and which of them are active."""
 
     def __new__(cls) -> Self: ...
-    def bind(self, modules: Sequence[tuple[str, object]], output_embedding: str | None = None) -> None:
+    def bind(
+        self,
+        modules: Sequence[tuple[str, object]],
+        output_embedding: str | None = None,
+        input_embedding: str | None = None,
+    ) -> None:
         """Append modules (dotted name, object) to the table; objects that are `Module`s learn their registry and index.
         Names that are already bound to the same object are skipped, so the call can be repeated as a model grows."""
     def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:

@@ -227,7 +227,7 @@ class PeftAdapterMixin:
             settled = _prepare.settle_targets(config, self, host, once)
             if adding:
                 settled["base_model_name_or_path"] = self.__dict__.get("name_or_path", None)
-            registry.bind(modules, host.output_embedding(self))
+            registry.bind(modules, host.output_embedding(self), host.input_embedding(self))
             text = _as_json(config, settled)
             missing: list[str] = []
             unexpected: list[str] = []
@@ -384,7 +384,8 @@ class PeftAdapterMixin:
 
         Returns:
             name → array. Without `state_dict` the arrays share memory with the adapter: writing to them changes it,
-            and they keep its memory alive. modules_to_save appear under the module's own name.
+            and they keep its memory alive. modules_to_save appear under the module's own name. Where target_modules names
+            the embeddings (embed_tokens, lm_head) their base weights are there too, as in PEFT, with a warning.
 
         Raises:
             ValueError: no adapter is loaded.
@@ -443,12 +444,13 @@ class PeftAdapterMixin:
         folder = os.fspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
-        _check_config(attached, name, self.peft_config[name])
+        config = self.peft_config[name]
+        _check_config(attached, name, config)
         os.makedirs(folder, exist_ok=True)
         from .hub import CONFIG_NAME, SAFETENSORS_NAME
 
         attached.registry.save(name, os.path.join(folder, SAFETENSORS_NAME), _PREFIX)
-        _write_config(self.peft_config[name], os.path.join(folder, CONFIG_NAME))
+        _write_config(config, os.path.join(folder, CONFIG_NAME))
 
     def delete_adapter(self, adapter_names: Union[list[str], str]) -> None:
         """Delete adapters and free their memory.

@@ -38,6 +38,9 @@ class Host(Protocol):
     def output_embedding(self, model: Any) -> str | None:
         """Dotted name of the head over the vocabulary, or None."""
 
+    def input_embedding(self, model: Any) -> str | None:
+        """Dotted name of the table of words, or None."""
+
     def model_config(self, model: Any) -> dict[str, Any]:
         """The model's configuration; {"model_type": "custom"} when it has none."""
 

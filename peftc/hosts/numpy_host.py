@@ -15,6 +15,15 @@ from .._random import next_seed
 _AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 
 
+def _name_of(model: Any, getter: str) -> str | None:
+    """Dotted name of the module that one of the model's methods returns; None when it has no such method or module."""
+    get = getattr(model, getter, None)
+    found = get() if get is not None else None
+    if found is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is found), None)
+
+
 class NumpyHost:
     """See `peftc.hosts.Host`."""
 
@@ -39,11 +48,10 @@ class NumpyHost:
         return module.kind if isinstance(module, _core.Layer) else ""
 
     def output_embedding(self, model: Any) -> str | None:
-        get = getattr(model, "get_output_embeddings", None)
-        head = get() if get is not None else None
-        if head is None:
-            return None
-        return next((name for name, module in model.named_modules() if module is head), None)
+        return _name_of(model, "get_output_embeddings")
+
+    def input_embedding(self, model: Any) -> str | None:
+        return _name_of(model, "get_input_embeddings")
 
     def model_config(self, model: Any) -> dict[str, Any]:
         config: Any = getattr(model, "config", None)

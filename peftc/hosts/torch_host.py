@@ -11,6 +11,16 @@ from .torch_saved import unwrap
 from .torch_tree import kind_of, walk
 
 
+def _path_of(model: Any, getter: str) -> str | None:
+    """Dotted name of the module that one of the model's methods returns; None when it has no such method or module."""
+    get = getattr(model, getter, None)
+    found = get() if get is not None else None
+    if found is None:
+        return None
+    found = unwrap(found)
+    return next((path for path, module in walk(model) if module is found), None)
+
+
 class TorchHost:
     """See `peftc.hosts.Host`."""
 
@@ -39,12 +49,10 @@ class TorchHost:
         return kind_of(module)
 
     def output_embedding(self, model: Any) -> str | None:
-        get = getattr(model, "get_output_embeddings", None)
-        head = get() if get is not None else None
-        if head is None:
-            return None
-        head = unwrap(head)
-        return next((path for path, module in walk(model) if module is head), None)
+        return _path_of(model, "get_output_embeddings")
+
+    def input_embedding(self, model: Any) -> str | None:
+        return _path_of(model, "get_input_embeddings")
 
     def model_config(self, model: Any) -> dict[str, Any]:
         config: Any = getattr(model, "config", None)

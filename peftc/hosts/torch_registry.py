@@ -83,7 +83,12 @@ class TorchRegistry:
 
     # ------------------------------------------------------------------ making
 
-    def bind(self, modules: Sequence[tuple[str, Any]], output_embedding: str | None = None) -> None:
+    def bind(
+        self,
+        modules: Sequence[tuple[str, Any]],
+        output_embedding: str | None = None,
+        input_embedding: str | None = None,  # base weights are the model's own parameters here
+    ) -> None:
         self._bound = list(modules)
         self._output_embedding = output_embedding
 

@@ -70,6 +70,10 @@ def _address(array: Any) -> int:
     return address
 
 
+#: An adapter's copies of base parameters, by what follows the module's name.
+_STAND_INS = frozenset({"bias", "base_layer.bias", "base_layer.weight"})
+
+
 class _Naming:
     """How a model's adapters rename its base parameters, and which tensors they bring to which module."""
 
@@ -85,9 +89,9 @@ class _Naming:
                 before, found, _ = name.partition(marker)
                 if found:
                     self.replaced.add(before)
-                elif name.endswith(".bias") and name in (f"{module}.bias", f"{module}.base_layer.bias"):
+                elif name.endswith((".bias", ".weight")) and name.removeprefix(f"{module}.") in _STAND_INS:
                     if adapter not in active:
-                        continue  # the base model's bias stands in for it
+                        continue  # the base model's own stands in for it
                     module = "\0" + module
                 self.added.setdefault(module, []).append((name, adapter, array, learns))
 

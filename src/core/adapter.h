@@ -17,6 +17,7 @@ struct pc_method; /* src/methods/methods.h */
 /* What a tensor is for.  A method numbers its own roles from 0; these are common to all. */
 enum {
     PC_ROLE_BASE_BIAS = 100, /* the module's bias while the adapter is active (bias=…) */
+    PC_ROLE_BASE_WEIGHT,     /* likewise its weight, where the adapter's file has that too (base_copies.c) */
     PC_ROLE_SAVED_WEIGHT,    /* modules_to_save: replaces the module's weight */
     PC_ROLE_SAVED_BIAS       /* modules_to_save: replaces the module's bias */
 };
@@ -41,6 +42,7 @@ typedef struct pc_slot {
     bool adapts;   /* the method applies here; else the slot only carries a bias or a saved module */
     bool replaces; /* modules_to_save */
     bool feedforward; /* IA3: scale the input, not the output */
+    bool subtracts; /* the method takes something out of the base weight; in a PC_ROLE_BASE_WEIGHT it is out already */
     int64_t rank;
     double alpha;
     double scaling;
@@ -60,7 +62,8 @@ typedef struct pc_adapter {
     size_t tensor_count;
     int32_t *slot_of_module; /* module index → slot index or -1 */
     size_t module_count;     /* length of slot_of_module; later modules have no slot */
-    bool has_saved_modules, has_biases;
+    bool has_saved_modules;
+    bool has_base_copies; /* any tensor of PC_ROLE_BASE_* */
     bool trainable;
     pc_pool pool; /* slots, tensors, slot_of_module, name */
 } pc_adapter;

@@ -39,6 +39,7 @@ typedef struct pc_module {
     bool has_weight, has_bias;
     bool opaque; /* the host copies it itself for modules_to_save: the core plans no tensors for that */
     bool output_embedding; /* the model's head over the vocabulary: all-linear skips it */
+    bool input_embedding;  /* the model's table of words */
     int32_t alias_of; /* index of the first module that is the same object, else -1 */
     /* Current buffers, borrowed from the host; NULL when it has none in memory. */
     const void *weight, *bias;

@@ -77,8 +77,8 @@ static bool takes_bias(const pc_config *config, const pc_module *module, uint8_t
 
 /* What the method adds, and the module's bias where the config trains it.  The
  * bias comes first: that is its place in PEFT's state dict. */
-static pc_status plan_adapted(draft *d, const pc_method *method, const pc_config *config, int32_t index,
-                              const pc_module *module, uint8_t match, pc_error *err)
+static pc_status plan_adapted(draft *d, const pc_method *method, const pc_config *config, const pc_base_copies *copies,
+                              int32_t index, const pc_module *module, uint8_t match, pc_error *err)
 {
     pc_slot_plan plan = {0};
     bool bias = takes_bias(config, module, match);
@@ -97,6 +97,7 @@ static pc_status plan_adapted(draft *d, const pc_method *method, const pc_config
         status = method->plan(config, module, &plan, err);
         if (status != PC_OK)
             return status;
+        pc_base_copies_plan(copies, module, &plan);
     }
     return add_slot(d, &plan, index, module, err);
 }
@@ -117,12 +118,12 @@ static pc_status plan_saved(draft *d, int32_t index, const pc_module *module, pc
 }
 
 /* Saved modules come last, as in PEFT's state dict; pc_registry_activate relies on it. */
-static pc_status plan_all(draft *d, const pc_method *method, const pc_config *config, const pc_module_table *modules,
-                          const uint8_t *match, pc_error *err)
+static pc_status plan_all(draft *d, const pc_method *method, const pc_config *config, const pc_base_copies *copies,
+                          const pc_module_table *modules, const uint8_t *match, pc_error *err)
 {
     pc_status status = PC_OK;
     for (size_t i = 0; i < modules->count && status == PC_OK; i++)
-        status = plan_adapted(d, method, config, (int32_t)i, &modules->items[i], match[i], err);
+        status = plan_adapted(d, method, config, copies, (int32_t)i, &modules->items[i], match[i], err);
     for (size_t i = 0; i < modules->count && status == PC_OK; i++)
         if (match[i] == 2 && !modules->items[i].opaque)
             status = plan_saved(d, (int32_t)i, &modules->items[i], err);
@@ -148,7 +149,8 @@ static bool fill_tables(pc_adapter *adapter, const draft *d, size_t module_count
         adapter->has_saved_modules = adapter->has_saved_modules || d->slots[i].replaces;
     }
     for (size_t i = 0; i < d->tensor_count; i++)
-        adapter->has_biases = adapter->has_biases || d->tensors[i].role == PC_ROLE_BASE_BIAS;
+        adapter->has_base_copies = adapter->has_base_copies || d->tensors[i].role == PC_ROLE_BASE_BIAS ||
+                                   d->tensors[i].role == PC_ROLE_BASE_WEIGHT;
     return true;
 }
 
@@ -176,7 +178,7 @@ static pc_status finish(const draft *d, const pc_method *method, const char *nam
 }
 
 pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_len, pc_config *config,
-                           pc_adapter **out, pc_error *err)
+                           const pc_weights *source, pc_adapter **out, pc_error *err)
 {
     const pc_module_table *modules = pc_registry_modules(registry);
     const pc_method *method = pc_method_find(config->schema->peft_type, strlen(config->schema->peft_type));
@@ -192,17 +194,21 @@ pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_
     uint8_t *match = pc_malloc(modules->count);
     status = match != NULL ? pc_match_modules(config, modules, match, err) : pc_fail_nomem(err, "an adapter's plan");
     draft d = {0};
+    pc_base_copies copies = {0};
+    if (status == PC_OK)
+        status = pc_base_copies_init(&copies, config, modules, source, err);
     if (status == PC_OK) {
         size_t slots = 0;
         for (size_t i = 0; i < modules->count; i++)
             slots += match[i] == 2 || match[i] == 1 || takes_bias(config, &modules->items[i], match[i]);
         d.slots = pc_calloc(slots, sizeof *d.slots);
         d.tensors = pc_calloc(slots, PC_PLAN_TENSORS * sizeof *d.tensors);
-        status = d.slots != NULL && d.tensors != NULL ? plan_all(&d, method, config, modules, match, err)
+        status = d.slots != NULL && d.tensors != NULL ? plan_all(&d, method, config, &copies, modules, match, err)
                                                       : pc_fail_nomem(err, "an adapter's plan");
     }
     if (status == PC_OK)
         status = finish(&d, method, name, name_len, config, modules->count, out, err);
+    pc_base_copies_free(&copies);
     pc_free(d.tensors);
     pc_free(d.slots);
     pc_free(match);
@@ -234,7 +240,7 @@ pc_status pc_init_generic(const pc_adapter *adapter, const pc_slot *slot, const 
     pc_status status = PC_OK;
     for (int32_t i = 0; i < slot->tensor_count && status == PC_OK; i++) {
         const pc_tensor *tensor = &adapter->tensors[slot->first_tensor + i];
-        if (tensor->role == PC_ROLE_SAVED_WEIGHT)
+        if (tensor->role == PC_ROLE_SAVED_WEIGHT || tensor->role == PC_ROLE_BASE_WEIGHT)
             status = copy_from_model(adapter, tensor, module->weight, module, err);
         else if (tensor->role == PC_ROLE_BASE_BIAS || tensor->role == PC_ROLE_SAVED_BIAS)
             status = copy_from_model(adapter, tensor, module->bias, module, err);

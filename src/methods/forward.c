@@ -25,13 +25,14 @@ static void from_adapters(const pc_activation *activation, int32_t module_index,
 {
     for (size_t i = 0; i < activation->count; i++) {
         const pc_adapter *adapter = activation->adapters[i];
-        if (!adapter->has_saved_modules && !adapter->has_biases)
+        if (!adapter->has_saved_modules && !adapter->has_base_copies)
             continue;
         const pc_slot *slot = pc_adapter_slot(adapter, module_index);
         if (slot == NULL)
             continue;
         const pc_tensor *tensor;
-        if (slot->replaces && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_SAVED_WEIGHT)) != NULL) {
+        if ((slot->replaces && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_SAVED_WEIGHT)) != NULL) ||
+            (!slot->subtracts && (tensor = pc_slot_tensor(adapter, slot, PC_ROLE_BASE_WEIGHT)) != NULL)) {
             s->weight = pc_tensor_data(adapter, tensor);
             s->weight_dtype = tensor->dtype;
         }

@@ -10,9 +10,6 @@
 #include <stdio.h>
 #include <string.h>
 
-
-static const char peft_prefix[] = "base_model.model.";
-
 typedef struct loader {
     pc_runtime *rt;
     pc_registry *registry;
@@ -27,15 +24,6 @@ typedef struct loader {
 
 void pc_load_report_free(pc_load_report *report) { pc_pool_free(&report->pool); }
 
-static void strip_prefix(const char **name, size_t *len)
-{
-    const size_t prefix = sizeof peft_prefix - 1;
-    if (*len > prefix && memcmp(*name, peft_prefix, prefix) == 0) {
-        *name += prefix;
-        *len -= prefix;
-    }
-}
-
 static pc_status index_source(loader *l, pc_error *err)
 {
     l->tensor_of = pc_pool_array(&l->pool, l->source->count, sizeof *l->tensor_of);
@@ -46,7 +34,7 @@ static pc_status index_source(loader *l, pc_error *err)
         const char *name = l->source->tensors[i].name;
         size_t len = l->source->tensors[i].name_len;
         l->tensor_of[i] = -1;
-        strip_prefix(&name, &len);
+        pc_strip_peft_prefix(&name, &len);
         if (!pc_strmap_put(&l->names, name, len, i))
             return pc_fail_nomem(err, "the index of a file's tensors");
     }
@@ -131,8 +119,8 @@ static pc_status find_tensor(loader *l, size_t t, pc_strings *missing, pc_string
     if (tensor->role == PC_ROLE_SAVED_WEIGHT || tensor->role == PC_ROLE_SAVED_BIAS)
         return pc_fail(err, PC_ERR_KEY, "%s: %s has no such tensor, and modules_to_save names its module", key.text,
                        l->source->label);
-    /* PEFT does not write the biases of bias="lora_only": the model's own stand in for them. */
-    if (tensor->role == PC_ROLE_BASE_BIAS && l->adapter->config->bias == PC_BIAS_ADAPTED)
+    /* PEFT does not write the biases of bias="lora_only", and base weights need not be there: the model's own stand in. */
+    if (pc_is_base_copy(tensor) || (tensor->role == PC_ROLE_BASE_BIAS && l->adapter->config->bias == PC_BIAS_ADAPTED))
         return PC_OK;
     missing_items[missing->count++] = key;
     return PC_OK;
@@ -190,10 +178,11 @@ static pc_status init_rest(loader *l, uint64_t seed, pc_error *err)
         const pc_module *module = &modules->items[slot->module];
         bool complete = true, generic = false;
         for (int32_t t = slot->first_tensor; t < slot->first_tensor + slot->tensor_count; t++) {
-            bool bias = l->adapter->tensors[t].role == PC_ROLE_BASE_BIAS;
-            bool lacks = l->adapter->tensors[t].in_state_dict && !l->found[t];
-            complete = complete && (!lacks || bias);
-            generic = generic || (lacks && bias);
+            const pc_tensor *tensor = &l->adapter->tensors[t];
+            bool base = tensor->role == PC_ROLE_BASE_BIAS || tensor->role == PC_ROLE_BASE_WEIGHT;
+            bool lacks = tensor->in_state_dict && !l->found[t];
+            complete = complete && (!lacks || base);
+            generic = generic || (lacks && base);
         }
         if (generic)
             status = pc_init_generic(l->adapter, slot, module, err);

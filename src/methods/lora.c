@@ -221,6 +221,7 @@ static pc_status lora_plan(const pc_config *config, const pc_module *m, pc_slot_
     else if (p->use_dora)
         pc_plan_tensor(plan, LORA_MAGNITUDE, dtype, 1, out, 0, 0, 0, true, true);
     if (m->kind != PC_EMBEDDING && lora_init_subtracts(lora_init_kind(&p->init, &niter))) {
+        plan->slot.subtracts = true;
         pc_plan_tensor(plan, LORA_INITIAL_A, dtype, 2, r, in, 0, 0, false, false);
         pc_plan_tensor(plan, LORA_INITIAL_B, dtype, 2, out, r, 0, 0, false, false);
     }

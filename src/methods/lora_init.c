@@ -243,6 +243,29 @@ static pc_status init_from_base(pc_runtime *rt, const pc_adapter *adapter, const
     return PC_OK;
 }
 
+/* The copy of the base weight that goes into the file is what PEFT leaves of it: without the initial product. */
+static pc_status store_residual(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *m,
+                                pc_pool *scratch, pc_error *err)
+{
+    const pc_tensor *copy = pc_slot_tensor(adapter, slot, PC_ROLE_BASE_WEIGHT);
+    if (copy == NULL)
+        return PC_OK;
+    const pc_dtype dt = pc_compute_dtype(m->dtype);
+    const int64_t n = pc_tensor_count(copy);
+    lora_factors initial;
+    void *w;
+    pc_status status = pc_scratch(scratch, dt, n, 1, &w, err);
+    if (status == PC_OK)
+        status = lora_get_factors(rt, adapter, slot, dt, true, scratch, &initial, err);
+    if (status != PC_OK)
+        return status;
+    pc_convert(rt, dt, w, m->dtype, m->weight, n);
+    status = lora_add_product(rt, m, dt, &initial, -slot->scaling, w, err);
+    if (status == PC_OK)
+        store(rt, adapter, copy, dt, w);
+    return status;
+}
+
 /* ---------------------------------------------------------------------- entry */
 
 static pc_status init_factors(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *module,
@@ -259,7 +282,7 @@ static pc_status init_factors(pc_runtime *rt, const pc_adapter *adapter, const p
             memcpy(pc_tensor_data(adapter, a), pc_tensor_data(adapter, initial_a), a->nbytes);
             memcpy(pc_tensor_data(adapter, b), pc_tensor_data(adapter, initial_b), b->nbytes);
         }
-        return status;
+        return status == PC_OK ? store_residual(rt, adapter, slot, module, scratch, err) : status;
     }
     if (loading)
         return PC_OK;

@@ -26,6 +26,19 @@ static bool changes_weight(pc_adapter *const *adapters, size_t count, int32_t mo
     return false;
 }
 
+/* The weight that the merged adapters start from: the last copy of their own, else the module's. */
+static const void *starting_weight(pc_adapter *const *adapters, size_t count, int32_t index, const pc_module *module)
+{
+    for (size_t i = count; i-- > 0;) {
+        const pc_slot *slot = pc_adapter_slot(adapters[i], index);
+        const pc_tensor *weight =
+            slot != NULL && !slot->subtracts ? pc_slot_tensor(adapters[i], slot, PC_ROLE_BASE_WEIGHT) : NULL;
+        if (weight != NULL)
+            return pc_tensor_data(adapters[i], weight);
+    }
+    return module->weight;
+}
+
 /* The bias that the merged adapters start from: the last trained copy, else the module's own. */
 static const void *starting_bias(pc_adapter *const *adapters, size_t count, int32_t index, const pc_module *module,
                                  bool *trained)
@@ -112,9 +125,9 @@ typedef struct merge_job {
     void *weight_scratch, *bias_scratch; /* for dtypes that are not computed in */
 } merge_job;
 
-static pc_status fold(const merge_job *job, size_t index, pc_dtype compute, void *weight, void *bias, pc_error *err)
+static pc_status fold(const merge_job *job, size_t index, const pc_module *module, pc_dtype compute, void *weight,
+                      void *bias, pc_error *err)
 {
-    const pc_module *module = &job->modules->items[index];
     pc_status status = PC_OK;
     for (size_t i = 0; i < job->count && status == PC_OK; i++) {
         const pc_adapter *adapter = job->adapters[i];
@@ -133,7 +146,9 @@ static pc_status fold(const merge_job *job, size_t index, pc_dtype compute, void
 static pc_status merge_module(const merge_job *job, const merge_plan *plan, size_t index, pc_merged *merged,
                               pc_error *err)
 {
-    const pc_module *module = &job->modules->items[index];
+    pc_module start = job->modules->items[index];
+    start.weight = starting_weight(job->adapters, job->count, (int32_t)index, &start);
+    const pc_module *module = &start;
     const pc_dtype compute = pc_compute_dtype(module->dtype);
     const bool direct = compute == module->dtype, has_weight = plan->weight_at[index] != SIZE_MAX;
     const int64_t n = pc_module_weight_count(module), out = module->out_features;
@@ -154,7 +169,7 @@ static pc_status merge_module(const merge_job *job, const merge_plan *plan, size
         else
             memset(bias, 0, (size_t)out * pc_dtype_size(compute));
     }
-    pc_status status = fold(job, index, compute, weight, bias, err);
+    pc_status status = fold(job, index, module, compute, weight, bias, err);
     if (status != PC_OK)
         return status;
     if (weight != NULL && !direct)

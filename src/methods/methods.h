@@ -102,9 +102,13 @@ pc_status pc_pattern_value(const pc_number_patterns *patterns, const char *key, 
 /* -------------------------------------------------- building and loading */
 
 /* Plan an adapter for the model and allocate it; takes over `config` on
- * success.  The registry is not changed. */
+ * success.  The registry is not changed.  `source` is what it will be loaded
+ * from, or NULL: its names tell whether base weights come with the adapter. */
 pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_len, pc_config *config,
-                           pc_adapter **out, pc_error *err);
+                           const pc_weights *source, pc_adapter **out, pc_error *err);
+
+/* Is the tensor a copy of a base weight or bias that the adapter does not train? */
+bool pc_is_base_copy(const pc_tensor *tensor);
 
 /* Initialise every tensor of a built adapter. */
 pc_status pc_adapter_init(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed, pc_error *err);

@@ -3,6 +3,7 @@
  *     <module>.lora_A.weight                    in a state dict
  *     <module>.lora_A.<adapter>.weight          in the model
  *     <module>.base_layer.bias                  bias of an adapted module, both
+ *     <module>.base_layer.weight                its weight, both
  *     <module>.bias                             bias of another module, both
  *     <root>.<rest>.weight                      modules_to_save, in a state dict
  *     <root>.modules_to_save.<adapter>.<rest>.weight   in the model
@@ -38,6 +39,16 @@ static pc_status join(const piece *pieces, size_t count, pc_pool *pool, pc_strin
     }
     *out = (pc_string){text, len};
     return PC_OK;
+}
+
+void pc_strip_peft_prefix(const char **name, size_t *len)
+{
+    static const char peft_prefix[] = "base_model.model.";
+    const size_t prefix = sizeof peft_prefix - 1;
+    if (*len > prefix && memcmp(*name, peft_prefix, prefix) == 0) {
+        *name += prefix;
+        *len -= prefix;
+    }
 }
 
 static const pc_role_name *role_name(const pc_method *method, int role)
@@ -76,6 +87,10 @@ pc_status pc_tensor_name(const pc_registry *registry, const pc_adapter *adapter,
     if (tensor->role == PC_ROLE_BASE_BIAS) {
         const pc_slot *slot = pc_adapter_slot(adapter, tensor->module);
         pieces[n++] = text_piece(slot != NULL && slot->adapts ? ".base_layer.bias" : ".bias");
+        return join(pieces, n, pool, out, err);
+    }
+    if (tensor->role == PC_ROLE_BASE_WEIGHT) {
+        pieces[n++] = text_piece(".base_layer.weight");
         return join(pieces, n, pool, out, err);
     }
     const pc_role_name *name = role_name(adapter->method, tensor->role);

@@ -8,7 +8,23 @@
 /* targets.c: the length of the shortest dotted prefix of `name` that modules_to_save names; 0 when none. */
 size_t pc_saved_root(const pc_config *config, const char *name, size_t len);
 
-/* build.c: give the generic tensors of a slot (bias, saved module) the model's current values. */
+/* names.c: without PEFT's "base_model.model.", if the name has it. */
+void pc_strip_peft_prefix(const char **name, size_t *len);
+
+/* base_copies.c: which base weights and biases an adapter has copies of besides those that it trains. */
+typedef struct pc_base_copies {
+    bool embeddings;    /* target_modules names the embeddings: those are saved with the adapter */
+    pc_strmap in_source; /* "<module>.base_layer.weight" and ".bias" that the weights bring */
+} pc_base_copies;
+
+/* `source` is NULL for a fresh adapter.  To be freed in any case. */
+pc_status pc_base_copies_init(pc_base_copies *copies, const pc_config *config, const pc_module_table *modules,
+                              const pc_weights *source, pc_error *err);
+void pc_base_copies_free(pc_base_copies *copies);
+/* Append the copies for one adapted module to its plan. */
+void pc_base_copies_plan(const pc_base_copies *copies, const pc_module *module, pc_slot_plan *plan);
+
+/* build.c: give the generic tensors of a slot (bias, base weight, saved module) the model's current values. */
 pc_status pc_init_generic(const pc_adapter *adapter, const pc_slot *slot, const pc_module *module, pc_error *err);
 /* build.c: the stream that a slot's draws start at; a method adds its role to it. */
 pc_rng pc_slot_rng(const pc_slot *slot, uint64_t seed);

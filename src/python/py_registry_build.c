@@ -24,7 +24,7 @@ static pc_status make_adapter(registry_object *self, peftc_state *state, const n
     pc_status status = peftc_parse_config(request->config, request->config_len, request->label, &config, err);
     if (status != PC_OK)
         return status;
-    status = pc_adapter_build(self->core, request->name, (size_t)request->name_len, config, &adapter, err);
+    status = pc_adapter_build(self->core, request->name, (size_t)request->name_len, config, source, &adapter, err);
     if (status != PC_OK) {
         pc_config_free(config);
         return status;

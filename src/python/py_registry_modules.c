@@ -23,6 +23,7 @@ static void describe(peftc_state *state, PyObject *object, pc_module *entry)
     entry->name_len = kept.name_len;
     entry->class_name = kept.class_name;
     entry->output_embedding = kept.output_embedding;
+    entry->input_embedding = kept.input_embedding;
     entry->alias_of = kept.alias_of;
 }
 
@@ -105,7 +106,7 @@ static int rebind(registry_object *self, peftc_state *state, pc_module *entry, P
 }
 
 static int bind_one(registry_object *self, peftc_state *state, PyObject *name_obj, PyObject *object,
-                    PyObject *output_embedding)
+                    PyObject *output_embedding, PyObject *input_embedding)
 {
     Py_ssize_t len;
     const char *name = PyUnicode_AsUTF8AndSize(name_obj, &len);
@@ -120,6 +121,7 @@ static int bind_one(registry_object *self, peftc_state *state, PyObject *name_ob
     const char *dot = strrchr(Py_TYPE(object)->tp_name, '.');
     entry.class_name = dot != NULL ? dot + 1 : Py_TYPE(object)->tp_name;
     entry.output_embedding = output_embedding != Py_None && PyUnicode_Compare(output_embedding, name_obj) == 0;
+    entry.input_embedding = input_embedding != Py_None && PyUnicode_Compare(input_embedding, name_obj) == 0;
     peftc_module_object *module = is_module(state, object) ? (peftc_module_object *)object : NULL;
     if (is_listed(self, state, object)) {
         entry.alias_of = module->index; /* the same object under a second name */
@@ -147,22 +149,25 @@ static int bind_one(registry_object *self, peftc_state *state, PyObject *name_ob
 }
 
 const char registry_bind_doc[] =
-    "bind($self, modules, output_embedding=None)\n--\n\n"
+    "bind($self, modules, output_embedding=None, input_embedding=None)\n--\n\n"
              "Append (dotted name, module) pairs to the module table, the model itself first under \"\".\n\n"
              "Modules of peftc.nn learn their registry and index. A name that is already bound is skipped, so the call "
              "can be repeated as a model grows. output_embedding is the dotted name of the head that target_modules="
-             "\"all-linear\" leaves out.";
+             "\"all-linear\" leaves out, input_embedding that of the table of words; the base weights of both are part of "
+             "an adapter whose target_modules names them.";
 
 PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs)
 {
     registry_object *self = (registry_object *)op;
-    static char *names[] = {"modules", "output_embedding", NULL};
-    PyObject *modules, *output_embedding = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:bind", names, &modules, &output_embedding))
+    static char *names[] = {"modules", "output_embedding", "input_embedding", NULL};
+    PyObject *modules, *output_embedding = Py_None, *input_embedding = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:bind", names, &modules, &output_embedding, &input_embedding))
         return NULL;
     peftc_state *state = registry_state(self);
     if (output_embedding != Py_None && !PyUnicode_Check(output_embedding))
         return PyErr_Format(PyExc_TypeError, "output_embedding is a dotted name or None, got %R", output_embedding);
+    if (input_embedding != Py_None && !PyUnicode_Check(input_embedding))
+        return PyErr_Format(PyExc_TypeError, "input_embedding is a dotted name or None, got %R", input_embedding);
     PyObject *pairs = PySequence_Check(modules) ? PySequence_Tuple(modules) : NULL; /* a list may change meanwhile */
     if (pairs == NULL) {
         if (!PyErr_Occurred())
@@ -182,7 +187,8 @@ PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs)
     if (result == 0) {
         for (Py_ssize_t i = 0; i < count && result == 0; i++) {
             PyObject *pair = PyTuple_GET_ITEM(pairs, i);
-            result = bind_one(self, state, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), output_embedding);
+            result = bind_one(self, state, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), output_embedding,
+                              input_embedding);
         }
         registry_unlock(self);
     }

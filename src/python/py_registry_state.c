@@ -82,9 +82,10 @@ static PyObject *walk_tensors(PyObject *op, PyObject *arg, PyObject *result, add
     pc_pool_init(&w.pool);
     if (w.owner == NULL)
         Py_CLEAR(result);
-    for (size_t i = 0; result != NULL && i < adapter->tensor_count; i++)
-        if (add(&w, &adapter->tensors[i], result) < 0)
-            Py_CLEAR(result);
+    for (int copies = 0; copies < 2; copies++) /* base weights come last, as in PEFT's state dict */
+        for (size_t i = 0; result != NULL && i < adapter->tensor_count; i++)
+            if (pc_is_base_copy(&adapter->tensors[i]) == (copies != 0) && add(&w, &adapter->tensors[i], result) < 0)
+                Py_CLEAR(result);
     Py_XDECREF(w.owner);
     pc_pool_free(&w.pool);
     pc_adapter_release(adapter);
@@ -132,7 +133,37 @@ const char registry_state_dict_doc[] =
     "state_dict($self, name, /)\n--\n\n"
     "An adapter's state dict: PEFT's keys without the adapter's name -> views of the arena.";
 
-PyObject *registry_state_dict(PyObject *op, PyObject *arg) { return walk_tensors(op, arg, PyDict_New(), add_item); }
+/* Say so when base weights come along, which may be as large as the model: PEFT's words, and which.  -1 with an exception. */
+static int warn_of_base_weights(registry_object *self, const pc_adapter *adapter)
+{
+    const pc_module_table *table = pc_registry_modules(self->core);
+    const char *first = NULL;
+    int count = 0;
+    for (size_t i = 0; i < adapter->tensor_count; i++) {
+        if (adapter->tensors[i].role != PC_ROLE_BASE_WEIGHT)
+            continue;
+        if (count++ == 0)
+            first = table->items[adapter->tensors[i].module].name;
+    }
+    if (count == 0)
+        return 0;
+    return PyErr_WarnFormat(PyExc_UserWarning, 2,
+                            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`: "
+                            "the base weights of %s%s are part of the adapter's state",
+                            first, count > 1 ? " and others" : "");
+}
+
+PyObject *registry_state_dict(PyObject *op, PyObject *arg)
+{
+    registry_object *self = (registry_object *)op;
+    pc_adapter *adapter = registry_find_adapter(self, arg);
+    if (adapter == NULL)
+        return NULL;
+    pc_adapter_retain(adapter); /* a warning runs any code, which may delete it */
+    int status = warn_of_base_weights(self, adapter);
+    pc_adapter_release(adapter);
+    return status == 0 ? walk_tensors(op, arg, PyDict_New(), add_item) : NULL;
+}
 
 /* Dotted names of the modules whose slot satisfies one flag. */
 static PyObject *modules_where(registry_object *self, PyObject *arg, bool replaced)
@@ -237,9 +268,14 @@ PyObject *registry_save(PyObject *op, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     static const pc_metadata_item metadata = {"format", 6, "pt", 2};
+    pc_adapter_retain(adapter);
+    if (warn_of_base_weights(self, adapter) < 0) {
+        pc_adapter_release(adapter);
+        Py_DECREF(path);
+        return NULL;
+    }
     state_views collected = {0};
     pc_pool_init(&collected.pool);
-    pc_adapter_retain(adapter);
     pc_error err;
     /* Names come from the module table, which only grows under the GIL; the bytes are written without it. */
     pc_status status = collect_views(self, adapter, prefix, &collected, &err);

@@ -215,7 +215,7 @@ CHECK_UNUSED static pc_adapter *add_adapter(model *m, const char *name, pc_confi
     err.text[0] = '\0';
     pc_status status = config->schema->validate(config, &err);
     if (status == PC_OK)
-        status = pc_adapter_build(m->registry, name, strlen(name), config, &adapter, &err);
+        status = pc_adapter_build(m->registry, name, strlen(name), config, NULL, &adapter, &err);
     if (status != PC_OK) {
         fprintf(stderr, "%s\n", err.text);
         check_status(status, PC_OK, __FILE__, __LINE__, "add_adapter");

@@ -75,7 +75,7 @@ static loaded load(model *m, pc_config *config, source *s)
     loaded l = {.status = PC_OK};
     l.err.text[0] = '\0';
     pc_pool_init(&l.report.pool);
-    l.status = pc_adapter_build(m->registry, "a", 1, config, &l.adapter, &l.err);
+    l.status = pc_adapter_build(m->registry, "a", 1, config, &s->base, &l.adapter, &l.err);
     if (l.status != PC_OK) {
         pc_config_free(config);
         return l;
@@ -305,7 +305,125 @@ TEST(tensors_are_aligned)
     model_free(&m);
 }
 
+/* ---------------------------------------------------- base weights in the file */
+
+TEST(base_weights_that_a_file_brings_belong_to_the_adapter)
+{
+    model m;
+    source s;
+    model_init(&m, PC_F32);
+    source_init(&s);
+    put_q(&s, PC_F32);
+    put(&s, PC_F16, "base_model.model.model.layers.0.q.base_layer.weight", 2, OUT, IN);
+    put(&s, PC_F32, "model.layers.1.q.base_layer.bias", 1, OUT, 0);
+    put(&s, PC_F32, "model.layers.1.k.base_layer.weight", 2, OUT, IN); /* not adapted: unexpected */
+    loaded l = load(&m, lora_q(), &s);
+    CHECK_STATUS(l.status, PC_OK);
+    CHECK_INT(l.report.missing.count, 0);
+    CHECK_INT(l.report.unexpected.count, 1);
+    CHECK(holds(&m, &l, "model.layers.0.q.base_layer.weight", PC_F16, 504));
+    CHECK(holds(&m, &l, "model.layers.1.q.base_layer.bias", PC_F32, 505));
+    for (size_t t = 0; t < l.adapter->tensor_count; t++)
+        CHECK(!pc_is_base_copy(&l.adapter->tensors[t]) || !l.adapter->tensors[t].trainable);
+
+    /* They stand in for the module's own while the adapter is active. */
+    pc_error err;
+    CHECK_STATUS(pc_registry_insert(m.registry, pc_adapter_retain(l.adapter), &err), PC_OK);
+    const char *name = "a";
+    const size_t len = 1;
+    CHECK_STATUS(pc_registry_activate(m.registry, &name, &len, 1, &err), PC_OK);
+    pc_activation *activation = pc_registry_acquire(m.registry);
+    pc_module effective = *module_of(&m, "model.layers.0.q");
+    CHECK_STATUS(pc_effective_weights(activation, index_of(&m, "model.layers.0.q"), &effective, &err), PC_OK);
+    CHECK(effective.weight != module_of(&m, "model.layers.0.q")->weight);
+    CHECK(effective.bias == module_of(&m, "model.layers.0.q")->bias);
+    pc_activation_release(activation);
+    unload(&l);
+
+    source_init(&s);
+    put(&s, PC_F32, "model.layers.0.q.base_layer.weight", 2, OUT, IN + 1);
+    pc_config *config = lora_q();
+    pc_adapter *adapter = NULL;
+    CHECK_STATUS(pc_adapter_build(m.registry, "b", 1, config, &s.base, &adapter, &err), PC_OK);
+    pc_load_report report = {0};
+    pc_pool_init(&report.pool);
+    CHECK_STATUS(pc_adapter_load(NULL, m.registry, adapter, &s.base, 9, &report, &err), PC_ERR_VALUE);
+    CHECK_CONTAINS(err.text, "size mismatch for model.layers.0.q.base_layer.weight");
+    pc_load_report_free(&report);
+    pc_adapter_release(adapter);
+    model_free(&m);
+}
+
+/* The adapter's own tensor with this name has the module's own values. */
+static bool is_own_weight(const model *m, const loaded *l, const char *module, const char *key)
+{
+    const pc_tensor *tensor = tensor_named(m, l->adapter, key);
+    return tensor != NULL && memcmp(pc_tensor_data(l->adapter, tensor), module_of(m, module)->weight, tensor->nbytes) == 0;
+}
+
+TEST(embeddings_that_the_targets_name_are_saved)
+{
+    static const struct {
+        const char *targets;
+        bool words, scores;
+    } cases[] = {{"embed_tokens", true, false}, {"lm_head", false, true}, {"model.embed_tokens", false, false},
+                 {"lm_head,model.embed_tokens", true, true}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        model m;
+        source s;
+        model_init(&m, PC_F32);
+        model_add(&m, (pc_module){.name = "model.embed_tokens",
+                                  .kind = PC_EMBEDDING,
+                                  .in_features = VOCABULARY,
+                                  .out_features = OUT,
+                                  .input_embedding = true});
+        add_linear(&m, "lm_head", OUT, VOCABULARY);
+        module_of(&m, "lm_head")->output_embedding = true;
+        source_init(&s);
+        loaded l = load(&m, config_new("LORA", cases[i].targets), &s);
+        CHECK_STATUS(l.status, PC_OK);
+        CHECK(is_own_weight(&m, &l, "model.embed_tokens", "model.embed_tokens.base_layer.weight") == cases[i].words);
+        CHECK(is_own_weight(&m, &l, "lm_head", "lm_head.base_layer.weight") == cases[i].scores);
+        CHECK((tensor_named(&m, l.adapter, "lm_head.base_layer.bias") != NULL) == cases[i].scores);
+        for (size_t k = 0; k < l.report.missing.count; k++) /* the model's own stand in: nothing is missing */
+            CHECK(strstr(l.report.missing.items[k].text, "base_layer") == NULL);
+        unload(&l);
+        model_free(&m);
+    }
+}
+
 #ifdef PC_TEST_HOOKS
+TEST(every_failed_allocation_with_base_weights_is_clean)
+{
+    model m;
+    source s;
+    pc_error err;
+    model_init(&m, PC_F32);
+    source_init(&s);
+    put_q(&s, PC_F32);
+    put(&s, PC_F32, "model.layers.0.q.base_layer.weight", 2, OUT, IN);
+    const long before = pc_test_live_allocations();
+    FOR_EACH_ALLOCATION (n) {
+        pc_adapter *adapter = NULL;
+        pc_test_fail_allocation(0);
+        pc_config *config = lora_q();
+        set_init(config, "pissa");
+        pc_test_fail_allocation(n);
+        pc_load_report report = {0};
+        pc_pool_init(&report.pool);
+        pc_status status = pc_adapter_build(m.registry, "a", 1, config, &s.base, &adapter, &err);
+        if (status != PC_OK)
+            pc_config_free(config);
+        else
+            status = pc_adapter_load(NULL, m.registry, adapter, &s.base, 9, &report, &err);
+        CHECK_STATUS(status, pc_test_allocation_failed() ? PC_ERR_NOMEM : PC_OK);
+        pc_load_report_free(&report);
+        pc_adapter_release(adapter);
+        CHECK_INT(pc_test_live_allocations(), before);
+    }
+    model_free(&m);
+}
+
 TEST(every_failed_allocation_is_clean)
 {
     model m;
@@ -320,7 +438,7 @@ TEST(every_failed_allocation_is_clean)
     pc_config *config = lora_q();
     config->bias = PC_BIAS_ADAPTED;
     set_bool(config, "use_dora", true);
-    CHECK_STATUS(pc_adapter_build(m.registry, "a", 1, config, &adapter, &err), PC_OK);
+    CHECK_STATUS(pc_adapter_build(m.registry, "a", 1, config, NULL, &adapter, &err), PC_OK);
     const long before = pc_test_live_allocations();
     FOR_EACH_ALLOCATION (n) {
         pc_load_report report = {0};
@@ -343,10 +461,13 @@ int main(void)
     RUN(shapes_and_dtypes_are_checked_before_anything_is_read);
     RUN(a_saved_module_must_be_there);
     RUN(biases_under_either_name_or_the_models_own);
+    RUN(base_weights_that_a_file_brings_belong_to_the_adapter);
+    RUN(embeddings_that_the_targets_name_are_saved);
     RUN(doras_magnitude_under_either_name);
     RUN(pissa_is_decomposed_again);
     RUN(tensors_are_aligned);
 #ifdef PC_TEST_HOOKS
+    RUN(every_failed_allocation_with_base_weights_is_clean);
     RUN(every_failed_allocation_is_clean);
 #endif
     return check_done();

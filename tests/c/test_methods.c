@@ -508,7 +508,7 @@ TEST(build_and_init_survive_every_failed_allocation)
         const long before = pc_test_live_allocations();
         FOR_EACH_ALLOCATION (n) {
             pc_adapter *adapter = NULL;
-            pc_status status = pc_adapter_build(m.registry, "a", 1, config, &adapter, &err);
+            pc_status status = pc_adapter_build(m.registry, "a", 1, config, NULL, &adapter, &err);
             if (status == PC_OK) {
                 status = pc_adapter_init(NULL, m.registry, adapter, 1, &err);
                 adapter->config = NULL; /* this loop keeps it */

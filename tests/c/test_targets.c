@@ -212,7 +212,7 @@ static void expect_refused(pc_config *config, const char *text)
     const long before = pc_test_live_allocations();
     pc_status status = config->schema->validate(config, &err);
     if (status == PC_OK)
-        status = pc_adapter_build(m.registry, "a", 1, config, &adapter, &err);
+        status = pc_adapter_build(m.registry, "a", 1, config, NULL, &adapter, &err);
     CHECK(status != PC_OK);
     if (status != PC_OK)
         CHECK_CONTAINS(err.text, text);
@@ -288,7 +288,7 @@ TEST(an_adapter_that_cannot_fit_is_refused)
     model_init(&m, PC_F64);
     module_of(&m, "model.layers.0.q")->in_features = INT64_MAX / 4;
     pc_config *config = config_new("LORA", "q");
-    CHECK_STATUS(pc_adapter_build(m.registry, "a", 1, config, &adapter, &err), PC_ERR_VALUE);
+    CHECK_STATUS(pc_adapter_build(m.registry, "a", 1, config, NULL, &adapter, &err), PC_ERR_VALUE);
     CHECK_CONTAINS(err.text, "do not fit into memory");
     pc_config_free(config);
     model_free(&m);
@@ -306,11 +306,11 @@ TEST(names_of_adapters_are_checked)
     model_init(&m, PC_F32);
     pc_config *config = config_new("LORA", "q");
     for (size_t i = 0; i < 3; i++)
-        CHECK_STATUS(pc_adapter_build(m.registry, bad[i].name, bad[i].len, config, &adapter, &err), PC_ERR_VALUE);
+        CHECK_STATUS(pc_adapter_build(m.registry, bad[i].name, bad[i].len, config, NULL, &adapter, &err), PC_ERR_VALUE);
     pc_config_free(config);
     add_adapter(&m, "a", config_new("LORA", "q"), false);
     config = config_new("LORA", "q");
-    CHECK_STATUS(pc_adapter_build(m.registry, "a", 1, config, &adapter, &err), PC_ERR_VALUE);
+    CHECK_STATUS(pc_adapter_build(m.registry, "a", 1, config, NULL, &adapter, &err), PC_ERR_VALUE);
     CHECK_CONTAINS(err.text, "Adapter with name a already exists. Please use a different name.");
     pc_config_free(config);
     model_free(&m);

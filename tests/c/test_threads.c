@@ -77,7 +77,7 @@ static void add_merge_remove(shared *s, int i)
     pc_adapter *adapter = NULL;
     pc_config *config = config_of_round(i);
     CHECK_STATUS(config->schema->validate(config, &err), PC_OK);
-    CHECK_STATUS(pc_adapter_build(s->m.registry, "comes", 5, config, &adapter, &err), PC_OK);
+    CHECK_STATUS(pc_adapter_build(s->m.registry, "comes", 5, config, NULL, &adapter, &err), PC_OK);
     CHECK_STATUS(pc_adapter_init(s->rt, s->m.registry, adapter, 3, &err), PC_OK);
     CHECK_STATUS(pc_registry_insert(s->m.registry, adapter, &err), PC_OK);
     pc_merged *merged = NULL;
