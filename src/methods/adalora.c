@@ -8,7 +8,6 @@
 #include "support.h"
 
 #include <inttypes.h>
-#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -90,11 +89,9 @@ static pc_status adalora_validate(const pc_config *config, pc_error *err)
                        "%s: The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` "
                        "or increase `total_step`.",
                        config->label);
-    if (!isfinite(p->alpha))
-        return pc_fail(err, PC_ERR_VALUE, "%s: lora_alpha must be a finite number, got %g", config->label, p->alpha);
-    if (!(p->dropout <= 1.0))
-        return pc_fail(err, PC_ERR_VALUE, "%s: lora_dropout must be between 0 and 1, got %g", config->label,
-                       p->dropout);
+    pc_status status = pc_check_lora_numbers(config, p->alpha, p->dropout, err);
+    if (status != PC_OK)
+        return status;
     for (size_t i = 0; i < p->rank_pattern.count; i++) {
         const pc_mask *mask = &p->rank_pattern.items[i];
         if (mask->count > INT32_MAX || (mask->keep != NULL && mask->count != (size_t)p->init_r))
@@ -184,15 +181,9 @@ static pc_status adalora_after(const pc_call *call, const pc_adapter *adapter, c
     const pc_module *m = call->module;
     if (slot->rank == 0)
         return PC_OK;
-    if (call->training && p > 0.0) {
-        void *dropped;
-        int64_t n = pc_input_count(call);
-        pc_status status = pc_scratch(scratch, call->compute, n, 1, &dropped, err);
-        if (status != PC_OK)
-            return status;
-        pc_dropout(call->rt, call->compute, n, x, p, call->rng.seed, call->rng.stream ^ (adapter->id << 40), dropped);
-        x = dropped;
-    }
+    pc_status status = pc_drop_input(call, adapter, p, x, scratch, &x, err);
+    if (status != PC_OK)
+        return status;
     const pc_tensor *a = pc_slot_tensor(adapter, slot, ADALORA_A), *b = pc_slot_tensor(adapter, slot, ADALORA_B);
     const pc_tensor *e = pc_slot_tensor(adapter, slot, ADALORA_E);
     return pc_lowrank_add(call->rt, call->compute, call->rows, m->out_features, m->in_features, slot->rank, x,

@@ -111,11 +111,9 @@ static pc_status lora_validate(const pc_config *config, pc_error *err)
         return pc_fail(err, PC_ERR_VALUE,
                        "%s: `r` should be a positive integer value but the value passed is %" PRId64, config->label,
                        p->r);
-    if (!isfinite(p->alpha))
-        return pc_fail(err, PC_ERR_VALUE, "%s: lora_alpha must be a finite number, got %g", config->label, p->alpha);
-    if (!(p->dropout <= 1.0))
-        return pc_fail(err, PC_ERR_VALUE, "%s: lora_dropout must be between 0 and 1, got %g", config->label,
-                       p->dropout);
+    pc_status status = pc_check_lora_numbers(config, p->alpha, p->dropout, err);
+    if (status != PC_OK)
+        return status;
     if (p->use_qalora)
         return pc_fail(err, PC_ERR_UNSUPPORTED, "%s: use_qalora needs a quantized model, which peftc does not run",
                        config->label);
@@ -369,19 +367,12 @@ static pc_status lora_after(const pc_call *call, const pc_adapter *adapter, cons
                             pc_pool *scratch, pc_error *err)
 {
     const lora_params *p = lora_params_of(adapter->config);
-    pc_status status = PC_OK;
-    const void *dropped = x;
-    if (call->training && p->dropout > 0.0 && call->module->kind != PC_EMBEDDING) {
-        void *buffer;
-        int64_t n = pc_input_count(call);
-        status = pc_scratch(scratch, call->compute, n, 1, &buffer, err);
-        if (status != PC_OK)
-            return status;
-        /* Each adapter of a layer draws on its own. */
-        pc_dropout(call->rt, call->compute, n, x, p->dropout, call->rng.seed, call->rng.stream ^ (adapter->id << 40),
-                   buffer);
-        dropped = buffer;
-    }
+    const void *dropped;
+    /* An embedding's input are indices. */
+    const double dropout = call->module->kind != PC_EMBEDDING ? p->dropout : 0.0;
+    pc_status status = pc_drop_input(call, adapter, dropout, x, scratch, &dropped, err);
+    if (status != PC_OK)
+        return status;
     if (pc_slot_tensor(adapter, slot, LORA_INITIAL_A) != NULL)
         status = lora_add_output(call, adapter, slot, true, x, -slot->scaling, y, scratch, err);
     if (status != PC_OK)

@@ -1,5 +1,7 @@
 #include "support.h"
 
+#include <math.h>
+
 void pc_plan_tensor(pc_slot_plan *plan, int role, pc_dtype dtype, int ndim, int64_t d0, int64_t d1, int64_t d2,
                     int64_t d3, bool in_state_dict, bool trainable)
 {
@@ -55,6 +57,32 @@ pc_status pc_tensor_as(pc_runtime *rt, pc_dtype compute, const pc_adapter *adapt
 {
     return pc_as_compute(rt, compute, tensor->dtype, pc_tensor_data(adapter, tensor), pc_tensor_count(tensor), scratch,
                          out, err);
+}
+
+pc_status pc_check_lora_numbers(const pc_config *config, double alpha, double dropout, pc_error *err)
+{
+    if (!isfinite(alpha))
+        return pc_fail(err, PC_ERR_VALUE, "%s: lora_alpha must be a finite number, got %g", config->label, alpha);
+    if (!(dropout <= 1.0))
+        return pc_fail(err, PC_ERR_VALUE, "%s: lora_dropout must be between 0 and 1, got %g", config->label, dropout);
+    return PC_OK;
+}
+
+pc_status pc_drop_input(const pc_call *call, const pc_adapter *adapter, double p, const void *x, pc_pool *scratch,
+                        const void **out, pc_error *err)
+{
+    *out = x;
+    if (!call->training || !(p > 0.0))
+        return PC_OK;
+    const int64_t n = pc_input_count(call);
+    void *dropped;
+    pc_status status = pc_scratch(scratch, call->compute, n, 1, &dropped, err);
+    if (status != PC_OK)
+        return status;
+    /* Each adapter of a layer draws on its own. */
+    pc_dropout(call->rt, call->compute, n, x, p, call->rng.seed, call->rng.stream ^ (adapter->id << 40), dropped);
+    *out = dropped;
+    return PC_OK;
 }
 
 pc_conv_shape pc_call_conv(const pc_call *call)

@@ -45,6 +45,14 @@ pc_status pc_tensor_as(pc_runtime *rt, pc_dtype compute, const pc_adapter *adapt
 /* support.c: room for a × b numbers in `scratch` (not zeroed); the product is checked. */
 pc_status pc_scratch(pc_pool *scratch, pc_dtype dtype, int64_t a, int64_t b, void **out, pc_error *err);
 
+/* support.c: whether LoRA's alpha and dropout, which AdaLoRA has too, can be computed with. */
+pc_status pc_check_lora_numbers(const pc_config *config, double alpha, double dropout, pc_error *err);
+
+/* support.c: the input that an adapter of a linear-like or Conv2d call sees: x itself, or in training with p > 0 a copy
+ * of it after dropout. */
+pc_status pc_drop_input(const pc_call *call, const pc_adapter *adapter, double p, const void *x, pc_pool *scratch,
+                        const void **out, pc_error *err);
+
 /* support.c: the shape of a Conv2d call. */
 pc_conv_shape pc_call_conv(const pc_call *call);
 
