@@ -80,7 +80,16 @@ class BuildCore(build_ext):
         in_tree = self.stays_in_source_tree or getattr(self, "editable_mode", False)
         for folder in (numpy.get_include(), scipy_openblas32.get_include_dir(), sysconfig.get_path("include")):
             ext.extra_compile_args += ["-isystem", folder]  # our warnings are for our code
-        ext.extra_compile_args += ["-std=c11", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS, *cjson_cflags]
+        ext.extra_compile_args += [
+            "-std=c11",
+            "-O3",
+            "-g1",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+            *WARNINGS,
+            *cjson_cflags,
+        ]
         ext.extra_link_args += [f"-L{lib_dir}", "-lscipy_openblas", *cjson_libs, "-lm", "-pthread"]
         ext.extra_link_args += [f"-Wl,-rpath,{f}" for f in openblas_folders(lib_dir, stays_in_source_tree=in_tree)]
         if on("PEFTC_WERROR"):
