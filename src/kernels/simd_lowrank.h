@@ -45,6 +45,61 @@ static void few_by_rows(pc_dtype dt, int64_t m, int64_t r, int64_t k, const floa
     }
 }
 
+/* y (R,n) += h (R,r) · bᵀ, b (n,r): the few numbers of a row of b at a time. */
+#define DEFINE_UP(NAME, ELEMENT, R, LOAD, LOADN)                                                                       \
+    static void up_##NAME##_##R(int64_t n, int64_t r, const float *h, int64_t ldh, const void *b_, float *y,           \
+                                int64_t ldy)                                                                           \
+    {                                                                                                                  \
+        const ELEMENT *b = b_;                                                                                         \
+        int64_t whole = r / VW * VW;                                                                                   \
+        V tail[R];                                                                                                     \
+        UNROLL for (int i = 0; i < R; i++) tail[i] = whole < r ? v_loadn(h + i * ldh + whole, r - whole) : v_set1(0);  \
+        for (int64_t col = 0; col < n; col += 4) {                                                                     \
+            int64_t cols = n - col < 4 ? n - col : 4, step = cols == 4 ? r : 0; /* a step of 0: one row, four times */ \
+            for (int64_t at = col; at < col + cols; at += step != 0 ? 4 : 1) {                                         \
+                const ELEMENT *row = b + at * r;                                                                       \
+                V acc[R][4];                                                                                           \
+                float sums[4];                                                                                         \
+                UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) acc[i][j] = v_set1(0);           \
+                for (int64_t p = 0; p < whole; p += VW) {                                                              \
+                    UNROLL for (int j = 0; j < 4; j++)                                                                 \
+                    {                                                                                                  \
+                        V bv = LOAD(row + j * step + p);                                                               \
+                        UNROLL for (int i = 0; i < R; i++) acc[i][j] = v_fma(v_load(h + i * ldh + p), bv, acc[i][j]);  \
+                    }                                                                                                  \
+                }                                                                                                      \
+                if (whole < r)                                                                                         \
+                    UNROLL for (int j = 0; j < 4; j++)                                                                 \
+                    {                                                                                                  \
+                        V bv = LOADN(row + j * step + whole, r - whole);                                               \
+                        UNROLL for (int i = 0; i < R; i++) acc[i][j] = v_fma(tail[i], bv, acc[i][j]);                  \
+                    }                                                                                                  \
+                UNROLL for (int i = 0; i < R; i++)                                                                     \
+                {                                                                                                      \
+                    float *to = y + i * ldy + at;                                                                      \
+                    v_sum4(acc[i], sums);                                                                              \
+                    if (step != 0)                                                                                     \
+                        UNROLL for (int j = 0; j < 4; j++) to[j] += sums[j];                                           \
+                    else                                                                                               \
+                        to[0] += sums[0];                                                                              \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+#define DEFINE_UPS(R)                                                                                                  \
+    DEFINE_UP(f32, float, R, v_load, v_loadn)                                                                          \
+    DEFINE_UP(f16, uint16_t, R, v_load_f16, loadn_f16)                                                                 \
+    DEFINE_UP(bf16, uint16_t, R, v_load_bf16, loadn_bf16)
+DEFINE_UPS(1)
+DEFINE_UPS(2)
+DEFINE_UPS(3)
+DEFINE_UPS(4)
+
+typedef void (*up_fn)(int64_t n, int64_t r, const float *h, int64_t ldh, const void *b, float *y, int64_t ldy);
+static const up_fn ups[3][DOT_ROWS] = {{up_f32_1, up_f32_2, up_f32_3, up_f32_4},
+                                       {up_f16_1, up_f16_2, up_f16_3, up_f16_4},
+                                       {up_bf16_1, up_bf16_2, up_bf16_3, up_bf16_4}};
+
 /* A panel (depth × width) of op(w), w (cols…, k) by rows or (k, cols…), from column `col` and depth k0 on. */
 static void fill_panel(pc_dtype dt, const void *w, bool by_rows, int64_t ldw, int64_t col, int64_t cols, int64_t k0,
                        int64_t depth, float *panel, int64_t width)
@@ -101,8 +156,8 @@ static void lowrank_columns(const pc_lowrank_job *job, int64_t m, const float *h
         const pc_lowrank_term *term = &job->terms[t];
         int64_t r = term->r;
         if (m <= DOT_ROWS && !job->swapped) {
-            if (r > 0)
-                few_by_rows(dt, m, cols, r, h, job->ranks, element(dt, term->b, col * r), r, sums, lds, true);
+            ups[dt == PC_F32 ? 0 : dt == PC_F16 ? 1 : 2][m - 1](cols, r, h, job->ranks, element(dt, term->b, col * r),
+                                                                sums, lds);
         } else {
             int64_t vectors = (cols + VW - 1) / VW, width = vectors * VW, last = cols - (vectors - 1) * VW;
             for (int64_t p0 = 0; p0 < r; p0 += SLICE) {

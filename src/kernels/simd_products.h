@@ -217,6 +217,7 @@ static void isa_linear(const pc_linear_job *job, int64_t panel_begin, int64_t pa
         UNROLL for (int i = 0; i < R; i++) v_sum4(acc[i], out[i]);                                                     \
     }
 
+#ifndef LOADN_16_BITS /* the instruction set has nothing better */
 static inline V loadn_f16(const uint16_t *p, int64_t n)
 {
     uint16_t part[VW] = {0};
@@ -230,6 +231,7 @@ static inline V loadn_bf16(const uint16_t *p, int64_t n)
     memcpy(part, p, (size_t)n * sizeof *p);
     return v_load_bf16(part);
 }
+#endif
 
 #define DEFINE_DOTS(R)                                                                                                 \
     DEFINE_DOT(f32, float, R, v_load, v_loadn)                                                                         \
