@@ -10,6 +10,8 @@
 #define GRAIN ((int64_t)1 << 19)
 /* Rows of a piece come in multiples of this: tiles and panels want company. */
 #define UNIT 16
+/* From so many rows on weights are packed in panels. */
+#define PACK_ROWS 32
 /* Columns of a piece, likewise: whole panels of every instruction set. */
 #define COLUMN_UNIT 48
 
@@ -21,17 +23,54 @@ static int64_t grain_of(double work) { return work >= (double)GRAIN ? 1 : (int64
 static void rows_range(void *ctx, int64_t begin, int64_t end)
 {
     const pc_lowrank_job *job = ctx;
-    pc_kernels()->lowrank(job, begin * UNIT, pc_min(job->keep_rows, end * UNIT));
+    pc_kernels()->lowrank(job, begin * UNIT, pc_min(job->rows, end * UNIT));
 }
 
-/* keep_rows is the number of rows. */
+typedef struct pack_work {
+    const pc_lowrank_job *job;
+    int64_t panels_a; /* those of b follow */
+    float *a, *b;
+} pack_work;
+
+static void pack_range(void *ctx, int64_t begin, int64_t end)
+{
+    const pack_work *w = ctx;
+    if (begin < w->panels_a)
+        pc_kernels()->pack_lowrank(w->job, false, begin, pc_min(end, w->panels_a), w->a);
+    if (end > w->panels_a)
+        pc_kernels()->pack_lowrank(w->job, true, pc_max(begin, w->panels_a) - w->panels_a, end - w->panels_a, w->b);
+}
+
+/* Run the job; only packing needs memory, and without it the job runs all the same. */
 static void run_rows(pc_runtime *rt, pc_lowrank_job *job)
 {
-    double work = (double)UNIT * (double)(job->k + (job->out != NULL ? job->n : 0)) * (double)job->ranks;
-    if (job->keep_rows < 2 * UNIT) /* one piece: no detour */
-        pc_kernels()->lowrank(job, 0, job->keep_rows);
+    const pc_kernel_table *table = pc_kernels();
+    bool down = job->given == NULL, up = job->out != NULL;
+    int64_t lanes = table->lanes, widest = lanes * table->max_vectors, ranks = job->ranks;
+    void *room = NULL;
+    if (job->rows >= PACK_ROWS && ranks > 0) {
+        int64_t panels_a = down ? pieces_of(ranks, widest) : 0, panels_b = up ? pieces_of(job->n, widest) : 0;
+        size_t floats_a, floats_b, bytes;
+        if (pc_mul_size((size_t)(down ? pieces_of(ranks, lanes) * lanes : 0), (size_t)job->k, &floats_a) &&
+            pc_mul_size((size_t)(up ? pieces_of(job->n, lanes) * lanes : 0), (size_t)ranks + 1, &floats_b) &&
+            pc_add_size(floats_a, floats_b, &bytes) && pc_mul_size(bytes, sizeof(float), &bytes) &&
+            pc_add_size(bytes, PC_ALIGNMENT, &bytes))
+            room = pc_malloc(bytes);
+        if (room != NULL) {
+            float *a = (float *)(void *)pc_align_up((uintptr_t)room);
+            pack_work pack = {.job = job, .panels_a = panels_a, .a = a, .b = a + floats_a};
+            pc_parallel_for(rt, panels_a + panels_b, grain_of(8.0 * (double)widest * (double)ranks), pack_range, &pack);
+            job->packed_a = down ? pack.a : NULL;
+            job->packed_b = up ? pack.b : NULL;
+        }
+    }
+    double work = (double)UNIT * (double)((down ? job->k : 0) + (up ? job->n : 0)) * (double)ranks;
+    if (job->rows < 2 * UNIT) /* one piece: no detour */
+        table->lowrank(job, 0, job->rows);
     else
-        pc_parallel_for(rt, pieces_of(job->keep_rows, UNIT), grain_of(work), rows_range, job);
+        pc_parallel_for(rt, pieces_of(job->rows, UNIT), grain_of(work), rows_range, job);
+    job->packed_a = job->packed_b = NULL;
+    pc_free(room);
 }
 
 static void columns_range(void *ctx, int64_t begin, int64_t end)
@@ -147,7 +186,7 @@ pc_status pc_lowrank_forward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, 
     job.count = count;
     job.ranks = (int)ranks;
     job.terms = terms;
-    job.keep_rows = m;
+    job.rows = m;
     run_rows(rt, &job);
     return PC_OK;
 }
@@ -191,14 +230,14 @@ pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n,
         job.terms = &back;
         job.swapped = true;
         job.keep = u;
-        job.keep_rows = m;
+        job.rows = m;
         if (dx != NULL || kept)
             run_rows(rt, &job);
         if (hidden) {
             job = (pc_lowrank_job){.dt = dt, .k = k, .n = n, .x = x, .ldx = ldx, .count = 1, .ranks = (int)r};
             job.terms = &only;
             job.keep = h;
-            job.keep_rows = m;
+            job.rows = m;
             run_rows(rt, &job);
         }
         pc_outer_job outer = {.dt = dt, .m = m, .n = k, .r = r, .h = u, .x = x, .ldx = ldx, .e = term->e, .c = da};

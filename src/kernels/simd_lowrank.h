@@ -115,6 +115,155 @@ static void fill_panel(pc_dtype dt, const void *w, bool by_rows, int64_t ldw, in
     }
 }
 
+/* out (R, VW) (+)= a (R,k) · b (k,VW): two sums each, or the additions would wait for each other. */
+#define DEFINE_NARROW(R)                                                                                               \
+    static void narrow_##R(int64_t k, const float *a, int64_t lda, const float *b, float *out, int64_t ldo,            \
+                           bool accumulate, int64_t last)                                                              \
+    {                                                                                                                  \
+        V even[R], odd[R];                                                                                             \
+        UNROLL for (int i = 0; i < R; i++) even[i] = odd[i] = v_set1(0);                                               \
+        int64_t p = 0;                                                                                                 \
+        for (; p + 2 <= k; p += 2) {                                                                                   \
+            V b0 = v_load(b + p * VW), b1 = v_load(b + p * VW + VW);                                                   \
+            UNROLL for (int i = 0; i < R; i++)                                                                         \
+            {                                                                                                          \
+                even[i] = v_fma(v_set1(a[i * lda + p]), b0, even[i]);                                                  \
+                odd[i] = v_fma(v_set1(a[i * lda + p + 1]), b1, odd[i]);                                                \
+            }                                                                                                          \
+        }                                                                                                              \
+        if (p < k)                                                                                                     \
+            UNROLL for (int i = 0; i < R; i++) even[i] = v_fma(v_set1(a[i * lda + p]), v_load(b + p * VW), even[i]);   \
+        UNROLL for (int i = 0; i < R; i++)                                                                             \
+        {                                                                                                              \
+            V sum = even[i] + odd[i];                                                                                  \
+            if (accumulate)                                                                                            \
+                sum = sum + v_loadn(out + i * ldo, last);                                                              \
+            v_storen(out + i * ldo, sum, last);                                                                        \
+        }                                                                                                              \
+    }
+#define DEFINE_NARROW_TILE(R) DEFINE_NARROW(R)
+DEFINE_NARROW_TILE(TILE_ROWS)
+DEFINE_NARROW(1)
+
+#define JOIN(a, b) a##b
+#define NARROW(R) JOIN(narrow_, R)
+
+/* rows_by_panel for a panel of any width. */
+static void by_packed(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t vectors, float *c,
+                      int64_t ldc, bool accumulate, int64_t last)
+{
+    if (vectors > 1) {
+        rows_by_panel(m, k, a, lda, b, WIDTH(vectors), vectors, c, ldc, accumulate, last);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + TILE_ROWS <= m; i += TILE_ROWS)
+        NARROW(TILE_ROWS)(k, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, last);
+    for (; i < m; i++)
+        narrow_1(k, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, last);
+}
+
+/* Panels of the ranks: as wide as they come, the last as few vectors as it needs. */
+static int64_t panel_vectors(int64_t cols) { return pc_min(MAX_VECTORS, (cols + VW - 1) / VW); }
+
+static void isa_pack_lowrank(const pc_lowrank_job *job, bool b, int64_t begin, int64_t end, float *to)
+{
+    const int64_t widest = WIDTH(MAX_VECTORS);
+    if (!b) { /* ranks of the terms one after the other, so that a panel may belong to two of them */
+        for (int64_t panel = begin; panel < end; panel++) {
+            int64_t col = panel * widest, cols = pc_min(widest, job->ranks - col), width = WIDTH(panel_vectors(cols));
+            float *dst = to + col * job->k;
+            int64_t first = 0; /* rank of the term */
+            memset(dst, 0, (size_t)(width * job->k) * sizeof(float));
+            for (int t = 0; t < job->count; first += job->terms[t++].r) {
+                const pc_lowrank_term *term = &job->terms[t];
+                int64_t from = pc_max(col, first), until = pc_min(col + cols, first + term->r);
+                if (until <= from)
+                    continue;
+                if (!job->swapped && from == col && until == col + cols) {
+                    pack_transposed(job->dt, term->a, (from - first) * job->k, job->k, cols, job->k, dst, width);
+                    continue;
+                }
+                for (int64_t p = 0; p < job->k; p++)
+                    for (int64_t j = from; j < until; j++) {
+                        int64_t at = job->swapped ? p * term->r + j - first : (j - first) * job->k + p;
+                        widen_row(job->dt, term->a, at, 1, dst + p * width + j - col);
+                    }
+            }
+        }
+        return;
+    }
+    for (int64_t panel = begin; panel < end; panel++) {
+        int64_t col = panel * widest, cols = pc_min(widest, job->n - col), width = WIDTH(panel_vectors(cols));
+        float *dst = to + col * (job->ranks + 1), *biases = dst + job->ranks * width;
+        memset(biases, 0, (size_t)width * sizeof(float));
+        for (int t = 0; t < job->count; t++) {
+            const pc_lowrank_term *term = &job->terms[t];
+            fill_panel(job->dt, term->b, !job->swapped, job->swapped ? job->n : term->r, col, cols, 0, term->r, dst,
+                       width);
+            dst += term->r * width;
+            float bias;
+            for (int64_t j = 0; j < cols && term->bias != NULL; j++) {
+                widen_row(job->dt, term->bias, col + j, 1, &bias);
+                biases[j] += (float)term->scale * bias;
+            }
+        }
+    }
+}
+
+/* Rows that go through packed weights together, and depth at a time. */
+#define PACKED_ROWS 16
+#define PACKED_SLICE 512
+
+/* h (m, ranks) = x · aᵀ of all terms. */
+static __attribute__((noinline)) void packed_down(const pc_lowrank_job *job, int64_t row, int64_t m, float *h,
+                                                  int64_t ldh)
+{
+    ALIGNED float wide[PACKED_ROWS * PACKED_SLICE];
+    for (int64_t k0 = 0; k0 == 0 || k0 < job->k; k0 += PACKED_SLICE) {
+        int64_t depth = pc_min(PACKED_SLICE, job->k - k0), ldx = job->ldx;
+        const float *x;
+        if (job->dt != PC_F32) {
+            for (int64_t i = 0; i < m; i++)
+                isa_widen(job->dt, element(job->dt, job->x, (row + i) * job->ldx + k0), depth, wide + i * PACKED_SLICE);
+            x = wide;
+            ldx = PACKED_SLICE;
+        } else {
+            x = (const float *)job->x + row * job->ldx + k0;
+        }
+        for (int64_t col = 0; col < job->ranks; col += WIDTH(MAX_VECTORS)) {
+            int64_t cols = pc_min(WIDTH(MAX_VECTORS), job->ranks - col), vectors = panel_vectors(cols);
+            by_packed(m, depth, x, ldx, job->packed_a + col * job->k + k0 * WIDTH(vectors), vectors, h + col, ldh,
+                      k0 > 0, cols - (vectors - 1) * VW);
+        }
+    }
+}
+
+/* The last column of h is 1, for the biases. */
+static void packed_up(const pc_lowrank_job *job, const float *h, int64_t ldh, int64_t row, int64_t m)
+{
+    ALIGNED float room[PACKED_ROWS * WIDTH(MAX_VECTORS)];
+    pc_dtype dt = job->dt;
+    bool biased = false;
+    for (int t = 0; t < job->count; t++)
+        biased = biased || job->terms[t].bias != NULL;
+    int64_t deep = job->ranks + (biased ? 1 : 0);
+    for (int64_t col = 0; col < job->n; col += WIDTH(MAX_VECTORS)) {
+        int64_t cols = pc_min(WIDTH(MAX_VECTORS), job->n - col), vectors = panel_vectors(cols);
+        float *sums = dt == PC_F32 ? (float *)job->out + row * job->ldo + col : room;
+        int64_t lds = dt == PC_F32 ? job->ldo : WIDTH(MAX_VECTORS);
+        for (int64_t i = 0; i < m && job->y != NULL; i++) {
+            const void *y = element(dt, job->y, (row + i) * job->ldy + col);
+            if (y != sums + i * lds)
+                widen_row(dt, y, 0, cols, sums + i * lds);
+        }
+        by_packed(m, deep, h, ldh, job->packed_b + col * (job->ranks + 1), vectors, sums, lds, job->y != NULL,
+                  cols - (vectors - 1) * VW);
+        for (int64_t i = 0; i < m && dt != PC_F32; i++)
+            isa_narrow(dt, room + i * lds, cols, (uint16_t *)job->out + (row + i) * job->ldo + col);
+    }
+}
+
 /* h (m,r) = x (m,k) · op(a): a (r,k), or (k,r) when swapped. */
 static __attribute__((noinline)) void lowrank_down(const pc_lowrank_job *job, const pc_lowrank_term *term, int64_t row,
                                                    int64_t m, float *h, int64_t ldh)
@@ -205,37 +354,66 @@ static __attribute__((noinline)) void lowrank_up(const pc_lowrank_job *job, cons
     }
 }
 
+/* h (m,r) from what is there already instead of x and a. */
+static void take_given(const pc_lowrank_job *job, int64_t row, int64_t m, float *h, int64_t ldh)
+{
+    for (int64_t i = 0; i < m; i++) {
+        if (!job->given_turned)
+            widen_row(job->dt, job->given, (row + i) * job->ranks, job->ranks, h + i * ldh);
+        for (int64_t p = 0; p < job->ranks && job->given_turned; p++)
+            widen_row(job->dt, job->given, p * job->rows + row + i, 1, h + i * ldh + p);
+    }
+}
+
+/* h ← h ⊙ e · scale, every term by itself. */
+static void scale_hidden(const pc_lowrank_job *job, int64_t m, float *h, int64_t ldh)
+{
+    for (int t = 0; t < job->count; h += job->terms[t++].r) {
+        const pc_lowrank_term *term = &job->terms[t];
+        for (int64_t p = 0; p < term->r; p++) {
+            float e = 1.0f, scale = (float)term->scale;
+            if (term->e != NULL)
+                widen_row(job->dt, term->e, p, 1, &e);
+            for (int64_t i = 0; i < m; i++)
+                h[i * ldh + p] *= e * scale;
+        }
+    }
+}
+
 static void isa_lowrank(const pc_lowrank_job *job, int64_t begin, int64_t end)
 {
-    ALIGNED float hidden[HIDDEN_FLOATS];
-    int64_t most = pc_max(1, pc_min(BLOCK_ROWS, HIDDEN_FLOATS / pc_max(job->ranks, 1)));
+    ALIGNED float hidden[HIDDEN_FLOATS + PACKED_ROWS];
+    bool packed = job->packed_a != NULL || job->packed_b != NULL;
+    int64_t ldh = job->ranks + (packed ? 1 : 0);
+    int64_t most = pc_max(1, pc_min(packed ? PACKED_ROWS : BLOCK_ROWS, HIDDEN_FLOATS / pc_max(job->ranks, 1)));
     for (int64_t row = begin; row < end; row += most) {
         int64_t m = pc_min(most, end - row);
-        float *h = hidden;
-        for (int t = 0; t < job->count; t++) {
-            const pc_lowrank_term *term = &job->terms[t];
-            int64_t r = term->r;
-            if (r == 0)
-                continue;
-            lowrank_down(job, term, row, m, h, job->ranks);
-            for (int64_t p = 0; p < r && job->keep != NULL; p++)
-                for (int64_t i = 0; i < m; i++)
-                    job->keep[p * job->keep_rows + row + i] = h[i * job->ranks + p];
-            for (int64_t p = 0; p < r; p++) {
-                float e = 1.0f, scale = (float)term->scale;
-                if (term->e != NULL)
-                    widen_row(job->dt, term->e, p, 1, &e);
-                for (int64_t i = 0; i < m; i++)
-                    h[i * job->ranks + p] *= e * scale;
-            }
-            h += r;
+        if (job->given != NULL) {
+            take_given(job, row, m, hidden, ldh);
+        } else if (job->packed_a != NULL) {
+            packed_down(job, row, m, hidden, ldh);
+        } else {
+            float *h = hidden;
+            for (int t = 0; t < job->count; h += job->terms[t++].r)
+                if (job->terms[t].r > 0)
+                    lowrank_down(job, &job->terms[t], row, m, h, ldh);
         }
-        if (job->out != NULL)
+        for (int64_t p = 0; p < job->ranks && job->keep != NULL; p++)
+            for (int64_t i = 0; i < m; i++)
+                job->keep[p * job->rows + row + i] = hidden[i * ldh + p];
+        if (job->out == NULL)
+            continue;
+        scale_hidden(job, m, hidden, ldh);
+        for (int64_t i = 0; i < m && packed; i++)
+            hidden[i * ldh + job->ranks] = 1.0f;
+        if (packed)
+            packed_up(job, hidden, ldh, row, m);
+        else
             lowrank_up(job, hidden, row, m);
     }
 }
 
-/* Rows of c at once, and of x in a panel. */
+/* Rows of c at once. */
 #define OUTER_RANKS 64
 
 static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)

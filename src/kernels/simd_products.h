@@ -458,6 +458,7 @@ const pc_kernel_table TABLE_NAME = {
     .dot = isa_dot,
     .product = isa_product,
     .lowrank = isa_lowrank,
+    .pack_lowrank = isa_pack_lowrank,
     .outer = isa_outer,
     .head_scratch = isa_head_scratch,
     .head = isa_head,

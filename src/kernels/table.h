@@ -93,8 +93,13 @@ typedef struct pc_lowrank_job {
     int count, ranks; /* terms, and their ranks together, at most PC_LOWRANK_MOST */
     const pc_lowrank_term *terms;
     bool swapped; /* a is (k,r) and b is (r,n) */
-    float *keep;  /* x · aᵀ of the one term, transposed: (r, keep_rows); or NULL */
-    int64_t keep_rows;
+    float *keep;  /* x · aᵀ of the one term, transposed: (r, rows); or NULL */
+    int64_t rows;
+    /* For many rows, all weights in panels as `pack_lowrank` lays them out; or NULL. */
+    const float *packed_a, *packed_b;
+    /* Instead of x and a: x · aᵀ of the one term, before e and scale: (rows, r), or (r, rows) when given_turned. */
+    const void *given;
+    bool given_turned;
 } pc_lowrank_job;
 
 /* c (r,n) = scale · e ⊙ h (r,m) · x (m,n): sums over rows. */
@@ -144,6 +149,9 @@ typedef struct pc_kernel_table {
     void (*product)(const pc_product_job *job, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
     /* Rows [begin, end). */
     void (*lowrank)(const pc_lowrank_job *job, int64_t begin, int64_t end);
+    /* Panels of `width` columns: [begin, end) of a (panel of all ranks by panel; each k deep) to `to`, or of b, each as
+     * deep as all ranks together and one more, for the biases. */
+    void (*pack_lowrank)(const pc_lowrank_job *job, bool b, int64_t begin, int64_t end, float *to);
     /* Columns [begin, end). */
     void (*outer)(const pc_outer_job *job, int64_t begin, int64_t end);
     int64_t (*head_scratch)(int64_t tk, int64_t dim);
