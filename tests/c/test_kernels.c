@@ -467,6 +467,134 @@ static void *gemm_thread(void *arg)
     return NULL;
 }
 
+/* Rows of exactly `cols` elements, `gap` apart, with nothing behind the last one. */
+static void *spread(pc_dtype dt, int64_t rows, int64_t cols, int64_t gap, int64_t *stride)
+{
+    *stride = cols + gap;
+    return buffer(dt, rows > 0 ? (rows - 1) * *stride + cols : 0);
+}
+
+static double stored_tolerance(pc_dtype dt, int64_t k)
+{
+    return dt == PC_F16 ? 2e-3 : dt == PC_BF16 ? 1.6e-2 : tolerance(dt, k);
+}
+
+/* |got - want| ≤ bound · (1 + |want| / largest): rows of got lie ldg apart, want is packed, f64. */
+static bool agrees(pc_dtype dt, const void *got, int64_t ldg, const double *want, int64_t m, int64_t n, double bound)
+{
+    double largest = 1.0;
+    for (int64_t i = 0; i < m * n; i++)
+        largest = fmax(largest, fabs(want[i]));
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++)
+            if (!(fabs(pc_get_double(dt, got, i * ldg + j) - want[i * n + j]) <= bound * largest))
+                return false;
+    return true;
+}
+
+static double *doubles(int64_t n) { return calloc((size_t)n + (n == 0), sizeof(double)); }
+
+/* h (m,r) = x · aᵀ, in f64 */
+static double *hidden_of(pc_dtype dt, const void *x, int64_t ldx, const void *a, int64_t m, int64_t r, int64_t k,
+                         bool turned)
+{
+    double *h = doubles(m * r);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t p = 0; p < r; p++)
+            for (int64_t j = 0; j < k; j++)
+                h[i * r + p] += pc_get_double(dt, x, i * ldx + j) * pc_get_double(dt, a, turned ? j * r + p : p * k + j);
+    return h;
+}
+
+TEST(lowrank_in_place)
+{
+    static const int64_t ranks[] = {0, 1, 3, 4, 8, 16, 17, 33, 50};
+    pc_error err;
+    for (int round = 0; round < 160; round++) {
+        pc_dtype dt = all_dtypes[round % 4];
+        int64_t m = extent(), n = extent(), k = extent(), ldx, ldy, ldo = 0;
+        if (round % 20 == 0)
+            k = 1000 + below(600);
+        void *x = spread(dt, m, k, below(3), &ldx), *y = spread(dt, m, n, below(3), &ldy);
+        bool in_place = below(2) != 0;
+        void *out = in_place ? y : spread(dt, m, n, below(3), &ldo);
+        ldo = in_place ? ldy : ldo;
+        pc_lowrank_term terms[3];
+        int count = 1 + (int)below(3);
+        double *want = doubles(m * n), reach = 0.0;
+        for (int64_t i = 0; i < m * n; i++)
+            want[i] = pc_get_double(dt, y, i / n * ldy + i % n);
+        for (int t = 0; t < count; t++) {
+            int64_t r = ranks[below(9)];
+            void *a = buffer(dt, r * k), *b = buffer(dt, n * r), *e = below(2) ? buffer(dt, r) : NULL;
+            void *bias = below(3) ? NULL : buffer(dt, n);
+            terms[t] = (pc_lowrank_term){.r = r, .scale = uniform(), .a = a, .b = b, .e = e, .bias = bias};
+            double *h = hidden_of(dt, x, ldx, a, m, r, k, false);
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t j = 0; j < n; j++) {
+                    double sum = bias != NULL ? pc_get_double(dt, bias, j) : 0.0;
+                    for (int64_t p = 0; p < r; p++)
+                        sum += h[i * r + p] * (e != NULL ? pc_get_double(dt, e, p) : 1.0) * pc_get_double(dt, b, j * r + p);
+                    want[i * n + j] += terms[t].scale * sum;
+                }
+            reach += (double)(r * k);
+            free(h);
+        }
+        pc_runtime *r = below(2) ? rt : NULL;
+        CHECK_STATUS(pc_lowrank_forward(r, dt, m, n, k, x, ldx, y, ldy, out, ldo, terms, count, &err), PC_OK);
+        CHECK(agrees(dt, out, ldo, want, m, n, stored_tolerance(dt, (int64_t)reach + 1)));
+        for (int t = 0; t < count; t++)
+            free((void *)(uintptr_t)terms[t].a), free((void *)(uintptr_t)terms[t].b),
+                free((void *)(uintptr_t)terms[t].e), free((void *)(uintptr_t)terms[t].bias);
+        if (!in_place)
+            free(out);
+        free(x), free(y), free(want);
+    }
+    pc_lowrank_term wide = {.r = PC_LOWRANK_MOST, .scale = 1.0}, both[2] = {wide, wide};
+    float one = 1.0f;
+    CHECK_STATUS(pc_lowrank_forward(rt, PC_F32, 1, 1, 1, &one, 1, &one, 1, &one, 1, both, 2, &err), PC_ERR_UNSUPPORTED);
+    CHECK(one == 1.0f);
+}
+
+TEST(lowrank_gradients)
+{
+    static const int64_t ranks[] = {1, 3, 4, 8, 16, 17, 33, 70};
+    pc_error err;
+    for (int round = 0; round < 120; round++) {
+        pc_dtype dt = all_dtypes[round % 4];
+        int64_t m = extent(), n = extent(), k = extent(), r = ranks[below(8)], ldx, ldg, lddx;
+        void *x = spread(dt, m, k, below(3), &ldx), *g = spread(dt, m, n, below(3), &ldg);
+        lddx = k;
+        void *dx = below(4) ? spread(dt, m, k, below(3), &lddx) : NULL;
+        void *da = below(4) ? buffer(dt, r * k) : NULL, *db = below(4) ? buffer(dt, n * r) : NULL;
+        void *de = below(4) ? buffer(dt, r) : NULL;
+        void *a = buffer(dt, r * k), *b = buffer(dt, n * r), *e = below(2) ? buffer(dt, r) : NULL;
+        pc_lowrank_term term = {.r = r, .scale = uniform(), .a = a, .b = b, .e = e};
+        double *h = hidden_of(dt, x, ldx, a, m, r, k, false), *u = hidden_of(dt, g, ldg, b, m, r, n, true);
+        double *wx = doubles(m * k), *wa = doubles(r * k), *wb = doubles(n * r), *we = doubles(r);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t p = 0; p < r; p++) {
+                double s = term.scale * (e != NULL ? pc_get_double(dt, e, p) : 1.0);
+                for (int64_t j = 0; j < k; j++) {
+                    wx[i * k + j] += s * u[i * r + p] * pc_get_double(dt, a, p * k + j);
+                    wa[p * k + j] += s * u[i * r + p] * pc_get_double(dt, x, i * ldx + j);
+                }
+                for (int64_t j = 0; j < n; j++)
+                    wb[j * r + p] += s * h[i * r + p] * pc_get_double(dt, g, i * ldg + j);
+                we[p] += term.scale * u[i * r + p] * h[i * r + p];
+            }
+        pc_runtime *threads = below(2) ? rt : NULL;
+        CHECK_STATUS(pc_lowrank_backward(threads, dt, m, n, k, g, ldg, x, ldx, &term, dx, lddx, da, db, de, &err), PC_OK);
+        double bound = stored_tolerance(dt, m + n + k + r);
+        CHECK(dx == NULL || agrees(dt, dx, lddx, wx, m, k, bound));
+        CHECK(da == NULL || agrees(dt, da, k, wa, r, k, bound));
+        CHECK(db == NULL || agrees(dt, db, r, wb, n, r, bound));
+        CHECK(de == NULL || agrees(dt, de, r, we, 1, r, bound));
+        free(x), free(g), free(dx), free(da), free(db), free(de), free(a), free(b), free(e), free(h), free(u);
+        free(wx), free(wa), free(wb), free(we);
+    }
+}
+
 TEST(concurrent_calls)
 {
     pthread_t threads[4];
@@ -508,6 +636,8 @@ int main(void)
         RUN(infinite_weights);
         RUN(threads_agree);
         RUN(lowrank);
+        RUN(lowrank_in_place);
+        RUN(lowrank_gradients);
         RUN(conversions);
         RUN(rows);
         RUN(activations);
