@@ -401,7 +401,11 @@ class PeftAdapterMixin:
             state: dict[str, Any] = registry.state_dict(name)
             return state
         rows = registry.tensors(name)
-        return {key: state_dict[full] for key, full, _, saved, _, _ in rows if saved and full in state_dict}
+        return {
+            key: state_dict[full] if full else tensor
+            for key, full, tensor, saved, _, _ in rows
+            if saved and (not full or full in state_dict)
+        }
 
     def save_adapter(
         self,
@@ -661,7 +665,7 @@ def _report_keys(registry: AdapterRegistry, name: str, origin: Any, missing: lis
         keys = ", ".join(_prepare.name_in_model(key, name, prefix) for key in unexpected)
         text += f"Loading adapter weights from {origin} led to unexpected keys not found in the model: {keys}. "
     if missing:
-        full = {key: model_name for key, model_name, *_ in registry.tensors(name)}
+        full = {key: model_name or key for key, model_name, *_ in registry.tensors(name)}
         keys = ", ".join(full.get(key, key) for key in missing)
         text += f"Loading adapter weights from {origin} led to missing keys in the model: {keys}"
     _logger().warning(text)

@@ -24,6 +24,7 @@ from .torch_tree import FROM_NAME, describe, kind_of, place, walk
 
 _LAYERS: dict[str, Any] = {"LORA": torch_lora.LAYERS, "ADALORA": torch_adalora.LAYERS, "IA3": torch_ia3.LAYERS}
 _PREFIX = "base_model.model."
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class _Adapter:
@@ -40,6 +41,8 @@ class _Adapter:
         self.saved: list[tuple[str, SavedModule]] = []
         #: (state-dict key, base module, parameter's name, the values that are not in effect) of biases it trains
         self.biases: list[tuple[str, nn.Module, str, torch.Tensor]] = []
+        #: (state-dict key, base module, parameter's name) of the base's own embeddings in the state dict, as in PEFT
+        self.embeddings: list[tuple[str, nn.Module, str]] = []
 
 
 class TorchRegistry:
@@ -133,6 +136,7 @@ class TorchRegistry:
         layers = self._plan_layers(adapter, slots, modules)
         saved = self._plan_saved(values.get("modules_to_save") or [])
         adapter.biases = self._plan_biases(bias, {slot[0] for slot in slots if slot[1]}, [path for path, _ in saved])
+        adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
         if source is not None:
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
 
@@ -207,6 +211,21 @@ class TorchRegistry:
                 rows.append((f"{path}.{middle}{field}", module, field, parameter.detach().clone()))
         return rows
 
+    def _plan_embeddings(self, targets: Any, adapted: list[str], modules: dict[str, Any]) -> list[Any]:
+        """PEFT saves the base weights of adapted embeddings along, if target_modules has one of these names."""
+        get = getattr(self.model, "get_input_embeddings", None)
+        named = targets if not isinstance(targets, str) else [path.rpartition(".")[2] for path in adapted]
+        if get is None or not any(name in (named or ()) for name in _EMBEDDINGS):
+            return []
+        ends = [unwrap(end) for end in (get(), self.model.get_output_embeddings()) if end is not None]
+        return [
+            (f"{path}.base_layer.{field}", modules[path], field)
+            for path in adapted
+            if any(modules[path] is end for end in ends)
+            for field, parameter in modules[path]._parameters.items()
+            if parameter is not None
+        ]
+
     def _fill_extras(
         self, source: Any, adapter: _Adapter, saved: list[tuple[str, nn.Module]], unexpected: list[str], label: str
     ) -> list[str]:
@@ -235,6 +254,11 @@ class TorchRegistry:
                 )
             with torch.no_grad():
                 target.copy_(tensor)
+        for key, module, field in adapter.embeddings:  # the base's weights stay: others in the file are reported
+            if key in named:
+                tensor, mine = torch_files.read(source, [named[key]])[named[key]], module._parameters[field]
+                if mine is not None and tensor.shape == mine.shape and torch.equal(tensor.to(mine), mine):
+                    found[key] = named[key]
         return [name for name in unexpected if name.removeprefix(_PREFIX) not in found]
 
     # --------------------------------------------------------------- switching
@@ -257,9 +281,8 @@ class TorchRegistry:
                 )
             for path in self.saved_modules(name):
                 if owner.setdefault(path, name) != name:
-                    raise ValueError(
-                        f"Attempted to set multiple ({[owner[path], name]}) adapters at once for modules_to_save."
-                    )
+                    rivals = [other for other in order if path in self.saved_modules(other)]
+                    raise ValueError(f"Attempted to set multiple ({rivals}) adapters at once for modules_to_save.")
         self.unmerge()
         for name in self._flagged - set(order):
             self._flag(name, False)
@@ -330,6 +353,8 @@ class TorchRegistry:
             wrapper.copies().pop(name, None)
             if not wrapper.copies():
                 _take_out(self.model, path, wrapper)
+        for _, module, field, _ in adapter.biases:
+            module._parameters[field].requires_grad_(False)
         self._flagged.discard(name)
         del self._adapters[name]
 
@@ -345,10 +370,15 @@ class TorchRegistry:
         for path, wrapper in adapter.saved:
             for key, tensor in wrapper.copies()[name].state_dict().items():
                 state[f"{path}.{key}"] = tensor
+        for key, module, field in adapter.embeddings:
+            state[key] = module._parameters[field].detach()
         return state
 
     def tensors(self, name: str) -> list[tuple[str, str, Any, bool, bool, str]]:
-        """(state-dict key, name in the model, tensor, in the state dict?, trainable?, module) of each tensor."""
+        """(state-dict key, name in the model, tensor, in the state dict?, trainable?, module) of each tensor.
+
+        The name is "" for biases that are not in effect now: the model has the base's then.
+        """
         adapter = self._adapters[name]
         where = {id(module): path for path, module in self.model.named_modules()}
         rows: list[tuple[str, str, Any, bool, bool, str]] = []
@@ -358,9 +388,13 @@ class TorchRegistry:
             inner = layer._modules[field]._modules.get(name)
             last = f".{part or 'weight'}" if inner is not None else ""
             rows.append((key, f"{where[id(layer)]}.{field}.{name}{last}", tensor, True, True, key))
-        for key, module, field, _ in adapter.biases:
-            tensor = module._parameters[field]
-            rows.append((key, f"{where[id(module)]}.{field}", tensor, True, True, key))
+        for key, module, field, other in adapter.biases:
+            if self._biases_of == name:
+                rows.append((key, f"{where[id(module)]}.{field}", module._parameters[field], True, True, key))
+            else:  # not in effect, so not in the model
+                rows.append((key, "", other, True, True, key))
+        for key, module, field in adapter.embeddings:
+            rows.append((key, f"{where[id(module)]}.{field}", module._parameters[field], True, False, key))
         for path, wrapper in adapter.saved:
             for key, tensor in wrapper.copies()[name].state_dict().items():
                 full = f"{where[id(wrapper)]}.modules_to_save.{name}.{key}"

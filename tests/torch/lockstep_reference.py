@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import _freeze_adapter
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +44,65 @@ def _heads_follow():
         yield
     finally:
         ModulesToSaveWrapper.set_adapter = original
+
+
+@contextlib.contextmanager
+def _conflicts_are_real():
+    """Difference: a second adapter with biases is refused if there is a first one with biases, not if there is any
+    other; AdaLora is refused beside a trainable adapter if it is trainable itself."""
+    check, init = LoraModel._check_new_adapter_config, AdaLoraModel.__init__
+
+    def check_biases(tuner, config):
+        if sum(getattr(other, "bias", "none") != "none" for other in tuner.peft_config.values()) > 1:
+            check(tuner, config)
+
+    def init_frozen(tuner, model, config, adapter_name, **options):
+        if config.inference_mode:
+            LoraModel.__init__(tuner, model, config, adapter_name, **options)
+            _freeze_adapter(tuner.model, adapter_name)
+        else:
+            init(tuner, model, config, adapter_name, **options)
+
+    def check_trainable(tuner, config):
+        if config.inference_mode:
+            LoraModel._check_new_adapter_config(tuner, config)
+        else:
+            check_both(tuner, config)
+
+    check_both = AdaLoraModel._check_new_adapter_config
+    LoraModel._check_new_adapter_config = check_biases
+    AdaLoraModel._check_new_adapter_config = check_trainable
+    AdaLoraModel.__init__ = init_frozen
+    try:
+        yield
+    finally:
+        LoraModel._check_new_adapter_config = check
+        AdaLoraModel._check_new_adapter_config = check_both
+        AdaLoraModel.__init__ = init
+
+
+@contextlib.contextmanager
+def _gathered():
+    """A list of the warnings of Transformers' logger of adapters, which are not passed on."""
+    logger, texts = logging.getLogger("transformers.integrations.peft"), []
+
+    def gather(record):
+        texts.append(record.getMessage())
+        return False
+
+    logger.addFilter(gather)
+    try:
+        yield texts
+    finally:
+        logger.removeFilter(gather)
+
+
+def plain_key(key: str) -> str:
+    """Difference: a state dict has the names of the module without adapters, however many methods wrap it."""
+    for part in (".lora_", ".ia3_", ".base_layer."):
+        while f".base_layer{part}" in key:
+            key = key.replace(f".base_layer{part}", part)
+    return key
 
 
 class Reference:
@@ -126,7 +188,7 @@ class Reference:
 
     def add(self, config, name) -> None:
         before = self._begin()
-        with _heads_follow():
+        with _heads_follow(), _conflicts_are_real():
             self.model.add_adapter(config, name)
         name = name or "default"
         self.active = [name]
@@ -136,9 +198,10 @@ class Reference:
         """Difference: low_cpu_mem_usage changes nothing but memory."""
         options.pop("low_cpu_mem_usage", None)
         before = self._begin()
-        with _heads_follow():
+        with _heads_follow(), _conflicts_are_real(), _gathered() as texts:
             self.model.load_adapter(folder, name, **options)
         name = "default" if name is None else name
+        self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
         config = self.model.peft_config[name]
         family, heads = FAMILY[method_of(config)], self.heads(name)
         # Difference: a head and its adapter are active together, so the other family's adapter with that head goes.
@@ -149,6 +212,18 @@ class Reference:
         ]
         self.active = [*kept, name]
         self._adopt(name, config, before)
+
+    def _log_missing(self, name, state, text) -> None:
+        """Difference: what a state dict lacks of an IA3 adapter is logged, too."""
+        if state is not None and method_of(self.model.peft_config[name]) == "IA3":
+            given = {key.removeprefix(PREFIX) for key in state}
+            missing = [path for path in self.own(name) if path.removesuffix(f".{name}") not in given]
+            if missing:
+                text += "Loading adapter weights from state_dict led to missing keys in the model: " + ", ".join(
+                    missing
+                )
+        if text:
+            logging.getLogger("transformers.integrations.peft").warning(text)
 
     def set(self, names) -> None:
         """Difference: a repeated name counts once, the caller's list is not kept."""
@@ -195,16 +270,16 @@ class Reference:
         self.active = left
         if not self.names():
             self.enabled, self.active = True, []
-            self._unwrap()
         elif had and not left:  # difference: one heir for the model, not one per layer
             self.active = [min(self.names())]
             with _heads_follow():
                 self._begin()
                 self.model.set_adapter(self.active)
+        self._unwrap()
         self.settle()
 
     def state_dict(self, name, given=None) -> dict[str, torch.Tensor]:
-        state = self.model.get_adapter_state_dict(name, given)
+        state = {plain_key(key): value for key, value in self.model.get_adapter_state_dict(name, given).items()}
         name = self.active[0] if name is None else name
         config = self.model.peft_config[name]
         others = set(self.names()) - {name}
@@ -217,8 +292,25 @@ class Reference:
             if not {"original_module", "modules_to_save"} & set(key.split("."))
         }
         paths = {id(parameter): path for path, parameter in self.model.named_parameters()}
+        # Difference: a bias of a layer that has two names is saved under the first, as its adapters are.
+        every = {plain_key(path) for path, _ in self.model.named_parameters(remove_duplicate=False)}
+        second = every - {plain_key(path) for path in paths.values()}
+        state = {key: value for key, value in state.items() if key not in second}
+        # Difference: base weights of embeddings come with an adapter that adapts them, not with any that could.
+        adapted = self.adapted(name)
+        mine = {
+            plain_key(f"{path}.base_layer.weight") for path, module in self.model.named_modules() if module in adapted
+        }
+        state = {key: value for key, value in state.items() if not key.endswith("base_layer.weight") or key in mine}
+
+        def own_key(key):
+            """Difference: `base_layer` is where this adapter wraps a layer, not where any other does."""
+            layer, wrapped, field = key.rpartition(".base_layer.")
+            return key if not wrapped or f"{layer}.base_layer.weight" in mine else f"{layer}.{field}"
+
+        state = {own_key(key): value for key, value in state.items()}
         for parameter, other in self.biases.get(name, []):
-            path = paths[id(parameter)]
+            path = own_key(plain_key(paths[id(parameter)]))
             if getattr(config, "bias", "none") == "lora_only" or path in state:
                 # Difference: bias="lora_only" is saved, and biases belong to the adapter while it is inactive, too.
                 state[path] = parameter.detach() if name in self.biases_in else other
@@ -279,13 +371,22 @@ class Reference:
                     parameter.data = data
         bias = getattr(config, "bias", "none")
         if bias != "none":
-            mine = {id(layer.get_base_layer().bias) for layer in self.adapted(name) if isinstance(layer, LoraLayer)}
+            mine = {
+                id(getattr(layer.get_base_layer(), "bias", None))
+                for layer in self.adapted(name)
+                if isinstance(layer, LoraLayer)
+            }
             self.biases[name] = [
                 (parameter, before[parameter])
                 for path, parameter in self.model.named_parameters()
                 if (id(parameter) in mine if bias == "lora_only" else self._is_base_bias(path))
             ]
             self.biases_in.add(name)
+            mine = {id(parameter) for parameter, _ in self.biases[name]}
+            for path, parameter in self.model.named_parameters():
+                # Difference: it trains its own biases, and none of the layers and adapters that came before.
+                if path.endswith("bias") and id(parameter) not in mine and name not in path.split("."):
+                    parameter.requires_grad = False
         # Difference: fan_in_fan_out is that of the last layer for every adapter, not for the first on a layer only.
         for layer in self.adapted(name):
             base = layer.get_base_layer()
@@ -320,11 +421,16 @@ class Reference:
                         setattr(parent, child, wrapper.original_module)
 
     def _unwrap(self) -> None:
-        """Difference: without adapters the base layers are back under their own names."""
+        """Difference: a layer whose last adapter of a method has gone is without that method's wrapper again."""
         for parent in list(self.model.modules()):
             for child, module in list(parent.named_children()):
-                if isinstance(module, BaseTunerLayer) and not isinstance(parent, BaseTunerLayer):
-                    setattr(parent, child, module.get_base_layer())
+                inner = module
+                while isinstance(inner, BaseTunerLayer) and not any(
+                    getattr(inner, field) for field in inner.adapter_layer_names
+                ):
+                    inner = inner.base_layer
+                if inner is not module:
+                    setattr(parent, child, inner)
 
     def settle(self) -> None:
         """Bring layers, flags and modes to what the model's state says."""

@@ -38,11 +38,20 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The layers are tiny: threads would cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def supported(method: str, layer: str) -> bool:
     if layer == "embedding":
         return method in ("lora", "rslora", "dora")
     if layer.startswith("conv2d"):
-        return method != "adalora"
+        return method != "adalora" and not (method == "dora" and "groups" in layer)  # peftc refuses that
     return not (method == "bias" and "without bias" in layer)
 
 
@@ -86,6 +95,11 @@ def make(cls: type, method: str, layer: str, dtype: torch.dtype, names=("one",),
         config = CONFIGS[kind][cls is Ours](target_modules=["layer"], inference_mode=name != names[-1], **fields)
         model.add_adapter(config, name)
     model.set_adapter(list(names))
+    for path, parameter in model.named_parameters():
+        if "magnitude" in path:
+            parameter.requires_grad = (
+                True  # difference: in PEFT those of convolutions and embeddings ignore set_adapter
+            )
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in sorted(model.named_parameters()):
         if "ranknum" not in path and (parameter.requires_grad or set(names) & set(path.split("."))):
@@ -176,9 +190,12 @@ def test_any_batch_shape(shape):
             model, _ = make(cls, method, "linear", torch.float32)
             x = torch.linspace(-1, 1, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].reshape(shape)
             sides.append(backward(model, x))
-        assert sides[0][0].shape == sides[1][0].shape
-        if sides[0][0].numel():
-            close(sides[0][0], sides[1][0], 1e-5, method)
+        output = sides[0][0]
+        if method == "dora" and len(shape) == 1:
+            output = output[0]  # difference: in PEFT DoRA's output for a vector has a batch dimension
+        assert output.shape == sides[1][0].shape
+        if output.numel():
+            close(output, sides[1][0], 1e-5, method)
         for path, gradient in sides[0][2].items():
             if gradient is not None and sides[0][0].numel():
                 close(gradient, sides[1][2][path], 1e-5, f"{method} {path}")
