@@ -29,8 +29,6 @@ READY_BUILD := $(STAMPS)/build
 READY_DEMO := $(READY_BUILD) $(STAMPS)/demo
 READY_TEST := $(READY_BUILD) $(STAMPS)/test
 READY_LINT := $(READY_TEST) $(STAMPS)/lint
-PY5 := .venv5/bin/python
-READY_TEST5 := .venv5/stamps/test
 
 $(STAMPS)/venv: .ci/system-packages
 	@PYTHON=$(PYTHON) .ci/system-packages
@@ -58,21 +56,11 @@ $(STAMPS)/test: $(STAMPS)/build pyproject.toml
 $(STAMPS)/lint: $(STAMPS)/test pyproject.toml
 	@test $@ -nt pyproject.toml || $(PIP) install --no-build-isolation -e '.[lint]'
 	@touch $@
-
-# The newest Transformers and PEFT, which the pins of the first environment rule out.
-.venv5/stamps/test: $(STAMPS)/venv pyproject.toml $(SOURCES)
-	@test -x $(PY5) || $(PYTHON) -m venv .venv5
-	@test $@ -nt pyproject.toml || { echo "installing the newest Transformers and PEFT in .venv5"; \
-	  $(PY5) -m pip --disable-pip-version-check -q install 'setuptools>=77' && \
-	  $(PY5) -m pip --disable-pip-version-check -q install -e '.[test5]'; }
-	@$(PY5) -m pip --disable-pip-version-check -q install --no-deps --no-build-isolation -e .
-	@mkdir -p $(@D) && touch $@
 endif
-PY5 ?= $(PY)
 
 # ---------------------------------------------------------------- what people run
 
-.PHONY: help demo test test5 bench docs
+.PHONY: help demo test bench docs
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -81,9 +69,6 @@ demo: $(READY_DEMO) ## four real adapters on a real model, without torch (DEMO=q
 
 test: $(READY_TEST) ## the tests, against PEFT and torch (T=tests/test_x.py: some of them)
 	@$(PY) -m pytest -q $(T)
-
-test5: $(READY_TEST5) ## the torch host's tests under the newest Transformers and PEFT
-	@$(PY5) -m pytest -q $(or $(T),tests/torch)
 
 bench: $(READY_TEST) ## every benchmark in benchmarks/
 	@for b in benchmarks/bench_*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
@@ -212,7 +197,7 @@ fuzz: $(READY_BUILD) ## every parser under libFuzzer, FUZZ_SECONDS=60 each (T=na
 .PHONY: clean distclean
 clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find peftc tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + ; rm -f peftc/*.so $(VENV)/stamps/build .venv5/stamps/test
+	find peftc tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + ; rm -f peftc/*.so $(VENV)/stamps/build
 
 distclean: clean ## and the environment
-	rm -rf $(VENV) .venv5 .cache
+	rm -rf $(VENV) .cache

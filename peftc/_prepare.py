@@ -6,44 +6,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ._targets import FEEDFORWARD, TARGETS
 from .hosts import Host
-
-#: target_modules=None: what each method adapts, by the model's `model_type`. The values are PEFT's.
-DEFAULT_TARGETS: dict[str, dict[str, list[str]]] = {
-    "LORA": {
-        "bert": ["query", "value"],
-        "roberta": ["query", "value"],
-        "gpt2": ["c_attn"],
-        "llama": ["q_proj", "v_proj"],
-        "mistral": ["q_proj", "v_proj"],
-        "qwen2": ["q_proj", "v_proj"],
-    },
-    "ADALORA": {
-        "bert": ["query", "value"],
-        "roberta": ["query", "key", "value", "dense"],
-        "gpt2": ["c_attn"],
-        "llama": ["q_proj", "v_proj"],
-        "qwen2": ["q_proj", "v_proj"],
-    },
-    "IA3": {
-        "bert": ["key", "value", "output.dense"],
-        "roberta": ["key", "value", "output.dense"],
-        "gpt2": ["c_attn", "mlp.c_proj"],
-        "llama": ["k_proj", "v_proj", "down_proj"],
-        "mistral": ["k_proj", "v_proj", "down_proj"],
-        "qwen2": ["q_proj", "v_proj", "down_proj"],
-    },
-}
-
-#: IA3's feedforward_modules=None, likewise.
-DEFAULT_FEEDFORWARD: dict[str, list[str]] = {
-    "bert": ["output.dense"],
-    "roberta": ["output.dense"],
-    "gpt2": ["mlp.c_proj"],
-    "llama": ["down_proj"],
-    "mistral": ["down_proj"],
-    "qwen2": ["down_proj"],
-}
 
 #: A list of at least so many targets is replaced by the fewest suffixes that say the same (PEFT does, and saves those).
 MANY_TARGETS = 20
@@ -117,11 +81,11 @@ def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str,
     method = method_of(config)
     settled: dict[str, Any] = {}
     targets = getattr(config, "target_modules", None)
-    if targets is None and method in DEFAULT_TARGETS:
-        targets = _default(DEFAULT_TARGETS[method], "target_modules", model, host)
+    if targets is None and method in TARGETS:
+        targets = _default(TARGETS[method], "target_modules", model, host)
         settled["target_modules"] = targets if method == "ADALORA" else set(targets)
     if method == "IA3" and getattr(config, "feedforward_modules", None) is None:
-        settled["feedforward_modules"] = set(_default(DEFAULT_FEEDFORWARD, "feedforward_modules", model, host))
+        settled["feedforward_modules"] = set(_default(FEEDFORWARD, "feedforward_modules", model, host))
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = settled["target_modules"] = _all_linear(config, model, host, modules)
     if isinstance(targets, (list, set, tuple)) and len(targets) >= MANY_TARGETS and method != "IA3":
@@ -135,8 +99,7 @@ def _default(table: Mapping[str, list[str]], field: str, model: Any, host: Host)
     model_type: Any = host.model_config(model).get("model_type")
     if model_type not in table:
         raise ValueError(
-            f"Please specify `{field}` in `peft_config`: there is no default for a model of type {model_type!r} (there "
-            f"is one for {', '.join(table)})"
+            f"Please specify `{field}` in `peft_config`: there is no default for a model of type {model_type!r}"
         )
     return list(table[model_type])
 

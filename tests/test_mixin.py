@@ -171,15 +171,15 @@ def test_default_targets_by_model_type(model):
 
 def test_default_targets_are_those_of_peft():
     constants = pytest.importorskip("peft.utils.constants")
-    from peftc import _prepare
+    from peftc import _targets
 
-    for method, table in _prepare.DEFAULT_TARGETS.items():
+    for method, table in _targets.TARGETS.items():
         theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
-        for model_type, targets in table.items():
-            assert sorted(theirs[model_type]) == sorted(targets), (method, model_type)
+        assert {model: sorted(targets) for model, targets in table.items()} == {
+            model: sorted(targets) for model, targets in theirs.items()
+        }, method
     theirs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-    for model_type, targets in _prepare.DEFAULT_FEEDFORWARD.items():
-        assert sorted(theirs[model_type]) == sorted(targets)
+    assert {model: sorted(t) for model, t in _targets.FEEDFORWARD.items()} == {m: sorted(t) for m, t in theirs.items()}
 
 
 def test_new_adapter_while_disabled_stays_disabled(model, folder):

@@ -1,6 +1,5 @@
 """peftc under every Transformers model: the methods of its PeftAdapterMixin, replaced by ours while the patch holds."""
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from ..mixin import PeftAdapterMixin
@@ -8,14 +7,16 @@ from ..mixin import PeftAdapterMixin
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .torch_trainer import TrainerPatch
+
 _MISSING = object()
 
 
 class Patch:
     """What `patch_transformers` returns: `undo()` takes it back; also a context manager."""
 
-    def __init__(self, target: type, replaced: dict[str, Any]) -> None:
-        self._target, self._replaced = target, replaced
+    def __init__(self, target: type, replaced: dict[str, Any], trainer: "TrainerPatch") -> None:
+        self._target, self._replaced, self._trainer = target, replaced, trainer
 
     def undo(self) -> None:
         """Give Transformers its own methods back. Models that have peftc's adapters keep them. Twice does nothing."""
@@ -25,6 +26,7 @@ class Patch:
             else:
                 setattr(self._target, name, value)
         self._replaced = {}
+        self._trainer.undo()
 
     def __enter__(self) -> "Self":
         return self
@@ -33,37 +35,44 @@ class Patch:
         self.undo()
 
 
-def _choose(ours: Any, theirs: Any) -> Any:
-    """Ours, but theirs on a model whose adapters PEFT made before the patch."""
-
-    @functools.wraps(ours)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made_by_peft = self._hf_peft_config_loaded and self._peftc_attachment is None
-        return (theirs if made_by_peft else ours)(self, *args, **kwargs)
-
-    return method
-
-
 def patch_transformers() -> Patch:
     """Put peftc under every model of Transformers, those that exist already too.
 
     Returns a handle: `.undo()`, or use it in a `with` statement. A second patch on top of the first is undone first.
 
+    Adapters that peftc has no code for are made by PEFT, if it is installed, on models that have no others; the
+    Trainer resumes from checkpoints of adapters and loads the best of them at the end.
+
     Raises:
-        ImportError: transformers or torch is not installed.
+        ImportError: transformers or torch is not installed, or it is Transformers 5, which is not supported yet.
     """
+    import transformers
     import transformers.integrations.peft as theirs
 
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        raise ImportError(
+            f"peftc supports Transformers 4.56 and later, but not yet 5, and this is {transformers.__version__}: "
+            "pip install 'transformers<5'"
+        )
+
+    from . import torch_fallback
     from .torch_registry import join_peft
+    from .torch_trainer import TrainerPatch
 
     target = theirs.PeftAdapterMixin
+    choosers = {
+        "load_adapter": torch_fallback.choose_by_config,
+        "add_adapter": torch_fallback.choose_by_config,
+        "delete_adapter": torch_fallback.choose_delete,
+    }
     replaced: dict[str, Any] = {}
     for name, ours in vars(PeftAdapterMixin).items():
         if name.startswith("__") or name == "_hf_peft_config_loaded":
             continue
         before = vars(target).get(name, _MISSING)
         replaced[name] = before
-        public = callable(ours) and not name.startswith("_")
-        setattr(target, name, _choose(ours, before) if public and before is not _MISSING else ours)
+        if before is not _MISSING and callable(ours) and not name.startswith("_"):
+            ours = choosers.get(name, torch_fallback.choose)(ours, before)
+        setattr(target, name, ours)
     join_peft()
-    return Patch(target, replaced)
+    return Patch(target, replaced, TrainerPatch())

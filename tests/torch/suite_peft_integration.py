@@ -29,14 +29,13 @@ from transformers import (
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-REFERENCE = os.environ["SUITE_STACK"] == "reference"
 V5 = Version(transformers.__version__) >= Version("5.0")
 LOGGER = logging.get_logger("transformers.integrations.peft")
 IDS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 both = pytest.mark.parametrize("auto", [AutoModelForCausalLM, OPTForCausalLM], ids=["Auto", "OPT"])
-later = pytest.mark.skipif(not V5 and REFERENCE, reason="came to Transformers after this version")
+later = pytest.mark.skipif(not V5, reason="came to Transformers after this version")
 
 
 def quantised(test):

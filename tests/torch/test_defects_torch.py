@@ -34,8 +34,8 @@ def no_hub(monkeypatch):
 
 @pytest.fixture
 def patched():
-    if not hasattr(peftc, "patch_transformers"):
-        pytest.skip("this peftc has no torch host")
+    if V5:
+        pytest.skip("peftc supports Transformers 4 so far")
     with peftc.patch_transformers() as handle:
         yield handle
 

@@ -320,3 +320,38 @@ def test_patch_and_undo(tmp_path):
     with peftc.patch_transformers():
         plain.disable_adapters()  # made by PEFT before: PEFT's own methods
     assert not torch.allclose(plain(ids).logits, expected)
+
+
+def test_transformers_5_is_refused(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    before = PeftAdapterMixin.add_adapter
+    with pytest.raises(ImportError, match=r"5\.23\.0"):
+        peftc.patch_transformers()
+    assert PeftAdapterMixin.add_adapter is before
+
+
+def test_trainer_is_wrapped_whenever_it_is_imported():
+    """Imported before, while or after the patch holds, in processes of their own: the module is imported once."""
+    import subprocess
+    import sys
+
+    code = """
+import sys, peftc
+from {first}
+patch = peftc.patch_transformers()
+assert ("transformers.trainer" in sys.modules) == {early}
+from transformers import Trainer
+wrapped = (Trainer._load_from_checkpoint, Trainer._load_best_model)
+assert all(hasattr(method, "__wrapped__") for method in wrapped)
+patch.undo()
+assert Trainer._load_from_checkpoint is wrapped[0].__wrapped__ and Trainer._load_best_model is wrapped[1].__wrapped__
+patch = peftc.patch_transformers()
+assert len([finder for finder in sys.meta_path if "peftc" in type(finder).__module__]) == 0
+patch.undo()
+"""
+    for first, early in (("transformers import Trainer", True), ("transformers import PreTrainedModel", False)):
+        run = [sys.executable, "-c", code.format(first=first, early=early)]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
