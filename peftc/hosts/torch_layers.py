@@ -164,6 +164,15 @@ class AdaptedLayer(nn.Module):
                 found.append(container._parameters[name])
         return found
 
+    def train_adapter(self, name: str) -> None:
+        """Put one adapter's modules in train mode, whatever the model's: Transformers promises it of a trainable load."""
+        for field in (*self.adapter_layer_names, *self.other_param_names):
+            container = self._modules.get(field)
+            if container is not None:
+                container.training = True
+                if name in container._modules:
+                    container._modules[name].train()
+
     def drop(self, name: str) -> None:
         """Forget one adapter."""
         for field in (*self.adapter_layer_names, *self.other_param_names):

@@ -20,7 +20,7 @@ from .._core import AdapterRegistry
 from . import torch_adalora, torch_files, torch_ia3, torch_lora
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of, unwrap
-from .torch_tree import FROM_NAME, describe, kind_of, place, walk
+from .torch_tree import FROM_NAME, describe, home_of, kind_of, place, walk
 
 _LAYERS: dict[str, Any] = {"LORA": torch_lora.LAYERS, "ADALORA": torch_adalora.LAYERS, "IA3": torch_ia3.LAYERS}
 _PREFIX = "base_model.model."
@@ -105,7 +105,11 @@ class TorchRegistry:
     ) -> tuple[list[str], list[str]]:
         """Make an adapter from a file or a dict of arrays; returns (missing, unexpected) names."""
         with _no_collections():
-            return self._make(name, config, source, label, seed, trainable)
+            keys = self._make(name, config, source, label, seed, trainable)
+            if trainable:
+                for _, layer in self._adapters[name].layers:
+                    layer.train_adapter(name)
+            return keys
 
     def _make(
         self, name: str, text: str, source: Any, label: str, seed: int, trainable: bool
@@ -134,6 +138,12 @@ class TorchRegistry:
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         by_module = _tensors_by_module(arena, tensors, modules)
         layers = self._plan_layers(adapter, slots, modules)
+        if values.get("use_dora"):
+            for path, *_ in slots:
+                if modules[path].weight.device.type == "meta" and hasattr(modules[path], "_hf_hook"):
+                    raise NotImplementedError(
+                        f"peftc has no code for DoRA on a layer whose weights are on disk ({path})"
+                    )
         saved = self._plan_saved(values.get("modules_to_save") or [])
         adapter.biases = self._plan_biases(bias, {slot[0] for slot in slots if slot[1]}, [path for path, _ in saved])
         adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
@@ -488,7 +498,7 @@ def _tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[s
             stride *= max(extent, 1)
         whole = flat[dtype]
         tensor = whole.as_strided(shape, strides[::-1], offset // whole.element_size())
-        device = modules[module].weight.device
+        device = home_of(modules[module])
         result.setdefault(module, {})[parameter] = tensor if device == cpu else tensor.to(device)
     return result
 

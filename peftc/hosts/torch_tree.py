@@ -68,6 +68,18 @@ def _address(tensor: Any, holders: list[Any]) -> int | None:
     return int(held.data_ptr())
 
 
+def home_of(module: Any) -> torch.device:
+    """Where an adapter's tensors live: with the layer's weights, or, if accelerate fetches those, where it computes."""
+    device: torch.device = module.weight.device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type != "meta" or hook is None:
+        return device
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    return device
+
+
 def describe(module: nn.Module, holders: list[Any], with_values: bool) -> tuple[Any, ...]:
     """The module as `AdapterRegistry.bind` takes those of other libraries.
 
