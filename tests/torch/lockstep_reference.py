@@ -121,6 +121,7 @@ class Reference:
         self.residuals: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         self.biases: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         self.biases_in: set[str] = set()
+        self.awake: set[str] = set()  # adapters in train mode, whatever the model's: loaded to be trained
         self.optimiser = None
 
     # ------------------------------------------------------------ looking
@@ -211,6 +212,10 @@ class Reference:
             if FAMILY[method_of(self.model.peft_config[other])] != family and not heads & self.heads(other)
         ]
         self.active = [*kept, name]
+        if config.inference_mode:
+            self.awake.clear()  # the whole model is in eval mode now
+        else:
+            self.awake.add(name)
         self._adopt(name, config, before)
 
     def _log_missing(self, name, state, text) -> None:
@@ -457,4 +462,12 @@ class Reference:
                 self.biases_in ^= {name}
             for parameter, _ in entries:
                 parameter.requires_grad = training[name]
-        self.model.train(self.model.training)  # difference: new layers follow the model's mode
+        # Difference: new layers follow the model's mode, unless they were loaded to be trained.
+        self.awake &= set(self.names())
+        self.model.train(self.model.training)
+        for layer in self.of_type(BaseTunerLayer):
+            for field in (*layer.adapter_layer_names, *layer.other_param_names):
+                container = getattr(layer, field, None)
+                for name in self.awake if isinstance(container, nn.ModuleDict) else ():
+                    if name in container:
+                        container[name].train()

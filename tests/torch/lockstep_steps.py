@@ -233,7 +233,8 @@ class Generator:
     def load(self):
         if not self.lockstep.saves:
             return self.save()
-        options = {"trainable": self.rng.random() < 0.4}
+        # What is loaded to be trained is in train mode at once, where dropout draws.
+        options = {"trainable": self.rng.random() < 0.4 and not self.spec["dropout"]}
         if self.rng.random() < 0.35:
             options["state"] = True
             options["prefix"] = self.rng.random() < 0.5
@@ -622,6 +623,7 @@ class Lockstep:
     def do_mode(self, training):
         for side in self.sides:
             side.model.train(training)
+            getattr(side, "awake", set()).clear()
 
     def do_reload(self):
         """state_dict → other values → load_state_dict."""
@@ -691,7 +693,9 @@ class Lockstep:
                     "training": {
                         path: m.training
                         for path, m in modules.items()
-                        if isinstance(m, nn.Dropout) or next(m.parameters(recurse=False), None) is not None
+                        # a container's mode has no effect
+                        if isinstance(m, nn.Dropout)
+                        or (next(m.parameters(recurse=False), None) is not None and not isinstance(m, nn.ParameterDict))
                     },
                 }
             )
