@@ -34,7 +34,7 @@ class AdaLoraLayer(LoraLayer):
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         _, _, rank, alpha, scaling, _ = slot
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
-        self._modules["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training)
+        self._modules["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training, self._peftc)
         for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
             put_parameter(self._modules[field], name, parameter(tensors[field]))
 

@@ -74,14 +74,14 @@ class TorchHost:
         return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
     def to_eval(self, model: Any) -> None:
-        """An adapted layer that is in eval mode has all of its adapters in it too: they are passed over."""
+        """An adapted layer that is in eval mode has its adapters in it too, if none was loaded to be trained: passed over."""
         if type(model).train is not nn.Module.train or type(model).eval is not nn.Module.eval:
             model.eval()
             return
         stack = [model]
         while stack:
             module = stack.pop()
-            if isinstance(module, AdaptedLayer) and not module.training:
+            if isinstance(module, AdaptedLayer) and not module.training and not module._awake:
                 stack.append(module._modules["base_layer"])
             elif type(module).train is not nn.Module.train:
                 module.train(False)

@@ -16,13 +16,15 @@ from .. import _core
 class Switch:
     """Which adapters of a model are active. `live` is what a forward pass reads: the active names, or none."""
 
-    __slots__ = ("active", "enabled", "live", "merged")
+    __slots__ = ("active", "enabled", "live", "merged", "no_dropout")
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
+        #: stands where a layer drops nothing; one for all layers: it has no state but its mode, which is the model's
+        self.no_dropout: nn.Identity | None = None
 
     def update(self, **changes: Any) -> None:
         """Assign fields, then `live`: one assignment, so a layer sees the old names or the new ones."""
@@ -59,18 +61,15 @@ def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Paramete
     container._parameters[name] = parameter
 
 
-def dropout_module(p: float, training: bool) -> nn.Module:
+def dropout_module(p: float, training: bool, switch: Switch) -> nn.Module:
     """PEFT's: Identity when nothing is dropped, else Dropout."""
     if p > 0.0:
         made = stamp(("dropout", p), lambda: nn.Dropout(p))
-    else:
-        return _NO_DROPOUT
-    made.__dict__["training"] = training
-    return made
-
-
-#: One for all: it has no state, and its mode does not matter.
-_NO_DROPOUT = nn.Identity()
+        made.__dict__["training"] = training
+        return made
+    if switch.no_dropout is None:
+        switch.no_dropout = nn.Identity().train(training)
+    return switch.no_dropout
 
 
 def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
@@ -95,6 +94,8 @@ class AdaptedLayer(nn.Module):
     other_param_names: tuple[str, ...] = ()
     #: peft_type of its adapters
     method = ""
+    #: may one of its adapters be in train mode while the layer is not?
+    _awake = False
     _peftc: Switch
 
     #: containers that every layer of the class has, in the order of PEFT's parameters; others come when asked for
@@ -166,6 +167,7 @@ class AdaptedLayer(nn.Module):
 
     def train_adapter(self, name: str) -> None:
         """Put one adapter's modules in train mode, whatever the model's: Transformers promises it of a trainable load."""
+        self._awake = True
         for field in (*self.adapter_layer_names, *self.other_param_names):
             container = self._modules.get(field)
             if container is not None:

@@ -70,7 +70,7 @@ class LoraLayer(AdaptedLayer):
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
         self.use_dora[name] = "lora_magnitude_vector" in tensors
         self.lora_bias[name] = "lora_B.bias" in tensors
-        children["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training)
+        children["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training, self._peftc)
         self._put_factors(name, tensors)
         if "lora_magnitude_vector" in tensors:
             magnitude = Magnitude.over(tensors["lora_magnitude_vector"])

@@ -355,3 +355,20 @@ patch.undo()
         run = [sys.executable, "-c", code.format(first=first, early=early)]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_modes_of_one_model_are_its_own(tmp_path):
+    """What is loaded to be trained is in train mode, on its model alone, until the model's mode is set."""
+    _, source = add_both("lora")
+    source.save_adapter(tmp_path)
+    trained, other = (pair()[1].eval() for _ in range(2))
+    trained.load_adapter(tmp_path, is_trainable=True)
+    other.load_adapter(tmp_path)
+    awake = {name for name, module in trained.named_modules() if module.training}
+    assert awake and all("lora_" in name for name in awake)
+    assert {name for name, _ in trained.named_modules() if name.endswith(".a")} <= awake
+    assert not any(module.training for module in other.modules())
+    copy.deepcopy(other).train()
+    assert not any(module.training for module in other.modules())
+    trained.load_adapter(tmp_path, "frozen")
+    assert not any(module.training for module in trained.modules())
