@@ -415,7 +415,8 @@ PyObject *peftc_embedding_forward(PyObject *op, PyObject *ids_obj)
         return finish(&r, NULL);
     }
     npy_intp shape[NPY_MAXDIMS];
-    memcpy(shape, PyArray_DIMS(r.x), (size_t)ndim * sizeof *shape);
+    for (int d = 0; d < ndim; d++) /* of a single index there are no dimensions to copy, not even zero of them */
+        shape[d] = PyArray_DIM(r.x, d);
     shape[ndim] = (npy_intp)dim;
     PyArrayObject *y = new_result(&r, ndim + 1, shape);
     if (y == NULL)
