@@ -140,6 +140,9 @@ def lowrank_backward(
 ) -> bool:
     """Derivatives of one term of lowrank_forward, into those of the last four that are not None. False as above."""
 
+def add_lowrank_to_weight(W: Any, A: Any, B: Any, scaling: float, E: Any, transpose: bool, out: Any, /) -> bool:
+    """out = W + scaling · (B ⊙ E) A, or its transpose, in one pass over the weight. False as above."""
+
 def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""
 

@@ -259,3 +259,47 @@ pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n,
     pc_free(h);
     return status;
 }
+
+static pc_status to_weight_f64(pc_runtime *rt, int64_t n, int64_t k, const double *w, int64_t ldw, double *out,
+                               int64_t ldo, const pc_lowrank_term *term, bool turned, pc_error *err)
+{
+    int64_t r = term->r, rows = turned ? k : n, cols = turned ? n : k;
+    double *b = NULL;
+    if (term->e != NULL) {
+        b = scratch(n, r, sizeof *b, err);
+        if (b == NULL)
+            return PC_ERR_NOMEM;
+        pc_scale_columns(rt, PC_F64, n, r, term->b, PC_F64, term->e, b);
+    }
+    if (out != w)
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(out + i * ldo, w + i * ldw, (size_t)cols * sizeof *w);
+    const void *left = b != NULL ? b : term->b;
+    pc_status status = turned ? pc_gemm(rt, PC_F64, true, true, k, n, r, term->scale, term->a, k, left, r, 1.0, out,
+                                        ldo, err)
+                              : pc_gemm(rt, PC_F64, false, false, n, k, r, term->scale, left, r, term->a, k, 1.0, out,
+                                        ldo, err);
+    pc_free(b);
+    return status;
+}
+
+pc_status pc_lowrank_to_weight(pc_runtime *rt, pc_dtype dt, int64_t n, int64_t k, const void *w, int64_t ldw, void *out,
+                               int64_t ldo, const pc_lowrank_term *term, bool turned, pc_error *err)
+{
+    if (term->r > PC_LOWRANK_MOST)
+        return pc_fail(err, PC_ERR_UNSUPPORTED, "low-rank product: a rank of more than %d", PC_LOWRANK_MOST);
+    if (n <= 0 || k <= 0)
+        return PC_OK;
+    if (dt == PC_F64)
+        return to_weight_f64(rt, n, k, w, ldw, out, ldo, term, turned, err);
+    pc_lowrank_term right = {.r = term->r, .scale = term->scale, .e = term->e, .b = turned ? term->b : term->a};
+    pc_lowrank_job job = {.dt = dt, .n = turned ? n : k, .y = w, .ldy = ldw, .out = out, .ldo = ldo, .count = 1};
+    job.ranks = (int)term->r;
+    job.terms = &right;
+    job.swapped = !turned;
+    job.rows = turned ? k : n;
+    job.given = turned ? term->a : term->b;
+    job.given_turned = turned;
+    run_rows(rt, &job);
+    return PC_OK;
+}

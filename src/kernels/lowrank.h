@@ -34,4 +34,9 @@ pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n,
                               int64_t ldg, const void *x, int64_t ldx, const pc_lowrank_term *term, void *dx,
                               int64_t lddx, void *da, void *db, void *de, pc_error *err);
 
+/* Merging: out (n,k) = w + scale · (b ⊙ e) · a, in one pass over the weight; its transpose when `turned`: w and out are
+ * (k,n).  The term's bias is not looked at.  out may be w. */
+pc_status pc_lowrank_to_weight(pc_runtime *rt, pc_dtype dt, int64_t n, int64_t k, const void *w, int64_t ldw, void *out,
+                               int64_t ldo, const pc_lowrank_term *term, bool turned, pc_error *err);
+
 #endif

@@ -257,11 +257,65 @@ static PyObject *lowrank_backward(PyObject *module, PyObject *const *args, Py_ss
     return answer(state, status, &err);
 }
 
+/* ------------------------------------------------------------------- merging */
+
+PyDoc_STRVAR(add_lowrank_to_weight_doc,
+             "add_lowrank_to_weight(W, A, B, scaling, E, transpose, out, /)\n--\n\n"
+             "out = W + scaling * (B * E) @ A, or its transpose: an adapter folded into a weight, in one pass.\n\n"
+             "Args:\n"
+             "    W: (out_features, in), or (in, out_features) if transpose is true, as Conv1D stores it.\n"
+             "    A: (r, in).\n"
+             "    B: (out_features, r).\n"
+             "    E: (r,) or (r, 1), or None.\n"
+             "    out: like W; W itself, or memory that overlaps with no other argument. Overwritten.\n\n"
+             "dtypes and sums are as in lowrank_forward.\n\n"
+             "Returns True when it is done; False, with nothing written, when a tensor is not one that the kernel takes.\n"
+             "Raises MemoryError.");
+
+static PyObject *add_lowrank_to_weight(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (!count_is("add_lowrank_to_weight", nargs, 7))
+        return NULL;
+    peftc_state *state = peftc_get_state(module);
+    pc_dtype dtype = PC_DTYPE_NONE;
+    operand w, a, b, e, out;
+    pc_lowrank_term term = {.r = 0};
+    void *factors;
+    int transpose = PyObject_IsTrue(args[5]);
+    if (transpose < 0)
+        return NULL;
+    if (!take(state, args[0], &dtype, &w) || w.ndim != 2 || !take_matrix(state, args[1], &dtype, &a) ||
+        !take_matrix(state, args[2], &dtype, &b) || !take_number(args[3], &term.scale))
+        Py_RETURN_FALSE;
+    if (args[6] == args[0])
+        out = w;
+    else if (!take(state, args[6], &dtype, &out) || out.ndim != 2)
+        Py_RETURN_FALSE;
+    int64_t n = b.rows.rows, k = a.rows.cols;
+    term.r = a.rows.rows;
+    if (b.rows.cols != term.r || w.rows.rows != (transpose ? k : n) || w.rows.cols != (transpose ? n : k) ||
+        out.rows.rows != w.rows.rows || out.rows.cols != w.rows.cols || !writable(&out) || overlap(&out, &a) ||
+        overlap(&out, &b) || (overlap(&out, &w) && !same_memory(&out, &w)) ||
+        !take_vector(state, args[4], &dtype, term.r, true, &factors, &e) || (factors != NULL && overlap(&out, &e)))
+        Py_RETURN_FALSE;
+    term.a = a.rows.data;
+    term.b = b.rows.data;
+    term.e = factors;
+    pc_error err;
+    pc_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = pc_lowrank_to_weight(state->rt, dtype, n, k, w.rows.data, w.rows.stride, out.rows.data, out.rows.stride,
+                                  &term, transpose != 0, &err);
+    Py_END_ALLOW_THREADS
+    return answer(state, status, &err);
+}
+
 #define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef functions[] = {
     {"lowrank_forward", FASTCALL(lowrank_forward), METH_FASTCALL, lowrank_forward_doc},
     {"lowrank_backward", FASTCALL(lowrank_backward), METH_FASTCALL, lowrank_backward_doc},
+    {"add_lowrank_to_weight", FASTCALL(add_lowrank_to_weight), METH_FASTCALL, add_lowrank_to_weight_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -595,6 +595,39 @@ TEST(lowrank_gradients)
     }
 }
 
+TEST(lowrank_to_weight)
+{
+    static const int64_t ranks[] = {0, 1, 3, 8, 16, 17, 50};
+    pc_error err;
+    for (int round = 0; round < 120; round++) {
+        pc_dtype dt = all_dtypes[round % 4];
+        bool turned = below(2) != 0, in_place = below(2) != 0;
+        int64_t n = extent(), k = extent(), r = ranks[below(7)], rows = turned ? k : n, cols = turned ? n : k, ldw, ldo;
+        void *a = buffer(dt, r * k), *b = buffer(dt, n * r), *e = below(2) ? buffer(dt, r) : NULL;
+        void *w = spread(dt, rows, cols, below(3), &ldw), *out = w;
+        ldo = ldw;
+        if (!in_place)
+            out = spread(dt, rows, cols, below(3), &ldo);
+        pc_lowrank_term term = {.r = r, .scale = uniform(), .a = a, .b = b, .e = e};
+        double *want = doubles(rows * cols);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j++) {
+                int64_t o = turned ? j : i, c = turned ? i : j;
+                double sum = 0.0;
+                for (int64_t p = 0; p < r; p++)
+                    sum += pc_get_double(dt, b, o * r + p) * (e != NULL ? pc_get_double(dt, e, p) : 1.0) *
+                           pc_get_double(dt, a, p * k + c);
+                want[i * cols + j] = pc_get_double(dt, w, i * ldw + j) + term.scale * sum;
+            }
+        pc_runtime *threads = below(2) ? rt : NULL;
+        CHECK_STATUS(pc_lowrank_to_weight(threads, dt, n, k, w, ldw, out, ldo, &term, turned, &err), PC_OK);
+        CHECK(agrees(dt, out, ldo, want, rows, cols, stored_tolerance(dt, r)));
+        if (!in_place)
+            free(out);
+        free(a), free(b), free(e), free(w), free(want);
+    }
+}
+
 TEST(concurrent_calls)
 {
     pthread_t threads[4];
@@ -638,6 +671,7 @@ int main(void)
         RUN(lowrank);
         RUN(lowrank_in_place);
         RUN(lowrank_gradients);
+        RUN(lowrank_to_weight);
         RUN(conversions);
         RUN(rows);
         RUN(activations);

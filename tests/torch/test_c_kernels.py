@@ -144,6 +144,47 @@ def test_backward_is_the_same_for_any_number_of_threads():
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adding_to_a_weight(dtype, transpose, seed, threads):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    k, n = rng.choice(WIDTHS), rng.choice(WIDTHS)
+    a, b, scaling, e, _ = term(k, n, dtype, rng)
+    shape = (k, n) if transpose else (n, k)
+    w = spread(shape, dtype, rng)
+    delta = scaling * ((b.double() if e is None else b.double() * e.double().flatten()) @ a.detach().double())
+    want = w.double() + (delta.T if transpose else delta)
+    out = rng.choice([w, torch.full(shape, torch.nan).to(dtype)])
+    assert _core.add_lowrank_to_weight(w, a, b, scaling, e, transpose, out) is True
+    close(out, want, dtype)
+
+
+def test_adding_to_a_weight_leaves_other_tensors_to_torch():
+    w, a, b, e = torch.randn(6, 8), torch.randn(3, 8), torch.randn(6, 3), torch.randn(3)
+    before = w.clone()
+    for args in (
+        (w, a, b, 0.5, e, True, w),
+        (w, b, a, 0.5, e, False, w),
+        (w, a, b, 0.5, e[:2], False, w),
+        (w, a, b, torch.tensor(0.5), e, False, w),
+        (w, a, b, 0.5, e, False, w[:, :7]),
+        (w, a, b, 0.5, e, False, w.double()),
+        (w, a, b, 0.5, e, False, None),
+        (w, a, b, 0.5, e, False, torch.empty(1, 8).expand(6, 8)),
+        (w.T.contiguous().T, a, b, 0.5, e, False, w),
+        (w.view(6, 4, 2), a, b, 0.5, e, False, w),
+        (w[:3], a, b[:3], 0.5, None, False, a),
+        (w[:5], a, b[:5], 0.5, e, False, w[1:]),
+        (w, a.to("meta"), b, 0.5, e, False, w),
+    ):
+        assert _core.add_lowrank_to_weight(*args) is False
+    assert torch.equal(w, before)
+    with pytest.raises(TypeError, match="takes 7"):
+        _core.add_lowrank_to_weight(w)
+
+
 def test_no_rows():
     x, y = torch.empty(0, 8), torch.empty(0, 6)
     a, b = torch.randn(4, 8), torch.randn(6, 4)
