@@ -184,11 +184,13 @@ static void isa_pack_lowrank(const pc_lowrank_job *job, bool b, int64_t begin, i
                     pack_transposed(job->dt, term->a, (from - first) * job->k, job->k, cols, job->k, dst, width);
                     continue;
                 }
-                for (int64_t p = 0; p < job->k; p++)
-                    for (int64_t j = from; j < until; j++) {
-                        int64_t at = job->swapped ? p * term->r + j - first : (j - first) * job->k + p;
-                        widen_row(job->dt, term->a, at, 1, dst + p * width + j - col);
-                    }
+                for (int64_t p = 0; p < job->k; p++) {
+                    float *row = dst + p * width;
+                    if (job->swapped)
+                        widen_row(job->dt, term->a, p * term->r + from - first, until - from, row + from - col);
+                    for (int64_t j = from; j < until && !job->swapped; j++)
+                        widen_row(job->dt, term->a, (j - first) * job->k + p, 1, row + j - col);
+                }
             }
         }
         return;
@@ -290,8 +292,15 @@ static __attribute__((noinline)) void lowrank_down(const pc_lowrank_job *job, co
         }
         for (int64_t col = 0; col < r; col += WIDTH(MAX_VECTORS)) {
             int64_t cols = pc_min(WIDTH(MAX_VECTORS), r - col), vectors = (cols + VW - 1) / VW, width = vectors * VW;
-            fill_panel(job->dt, term->a, !job->swapped, job->swapped ? r : k, col, cols, k0, depth, panel, width);
-            rows_by_panel(m, depth, x, ldx, panel, width, vectors, h + col, ldh, k0 > 0, cols - (vectors - 1) * VW);
+            const float *b = panel;
+            int64_t ldb = width;
+            if (job->swapped && !narrow && cols == width) { /* it lies there as a panel already */
+                b = (const float *)term->a + k0 * r + col;
+                ldb = r;
+            } else {
+                fill_panel(job->dt, term->a, !job->swapped, job->swapped ? r : k, col, cols, k0, depth, panel, width);
+            }
+            rows_by_panel(m, depth, x, ldx, b, ldb, vectors, h + col, ldh, k0 > 0, cols - (vectors - 1) * VW);
         }
     }
 }
@@ -311,8 +320,16 @@ static void lowrank_columns(const pc_lowrank_job *job, int64_t m, const float *h
             int64_t vectors = (cols + VW - 1) / VW, width = vectors * VW, last = cols - (vectors - 1) * VW;
             for (int64_t p0 = 0; p0 < r; p0 += SLICE) {
                 int64_t depth = pc_min(SLICE, r - p0);
-                fill_panel(dt, term->b, !job->swapped, job->swapped ? job->n : r, col, cols, p0, depth, panel, width);
-                rows_by_panel(m, depth, h + p0, job->ranks, panel, width, vectors, sums, lds, true, last);
+                const float *b = panel;
+                int64_t ldb = width;
+                if (job->swapped && dt == PC_F32 && cols == width && m <= TILE_ROWS) { /* used once: no copy */
+                    b = (const float *)term->b + p0 * job->n + col;
+                    ldb = job->n;
+                } else {
+                    fill_panel(dt, term->b, !job->swapped, job->swapped ? job->n : r, col, cols, p0, depth, panel,
+                               width);
+                }
+                rows_by_panel(m, depth, h + p0, job->ranks, b, ldb, vectors, sums, lds, true, last);
             }
         }
         h += r;
@@ -416,6 +433,25 @@ static void isa_lowrank(const pc_lowrank_job *job, int64_t begin, int64_t end)
 /* Rows of c at once. */
 #define OUTER_RANKS 64
 
+/* c (n,r), columns of ranks [p0, p0 + ranks) and rows from col on ← sums (ranks, cols). */
+static void put_transposed(const pc_outer_job *job, const float *sums, int64_t width, int64_t col, int64_t cols,
+                           int64_t p0, int64_t ranks)
+{
+    if (job->dt == PC_F32 && ranks == job->r && ranks % VW == 0) {
+        pack_transposed(PC_F32, sums, 0, width, ranks, cols, (float *)job->c + col * ranks, ranks);
+        return;
+    }
+    for (int64_t j = 0; j < cols; j++)
+        for (int64_t p = 0; p < ranks; p++) {
+            int64_t at = (col + j) * job->r + p0 + p;
+            float sum = sums[p * width + j];
+            if (job->dt == PC_F32)
+                ((float *)job->c)[at] = sum;
+            else
+                ((uint16_t *)job->c)[at] = job->dt == PC_F16 ? pc_f32_to_f16(sum) : pc_f32_to_bf16(sum);
+        }
+}
+
 static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)
 {
     ALIGNED float panel[SLICE * WIDTH(MAX_VECTORS)];
@@ -424,25 +460,19 @@ static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)
         int64_t cols = pc_min(WIDTH(MAX_VECTORS), end - col), vectors = (cols + VW - 1) / VW, width = vectors * VW;
         for (int64_t p0 = 0; p0 < job->r; p0 += OUTER_RANKS) {
             int64_t ranks = pc_min(OUTER_RANKS, job->r - p0);
-            memset(sums, 0, sizeof sums);
+            if (job->m == 0)
+                memset(sums, 0, sizeof sums);
             for (int64_t i0 = 0; i0 < job->m; i0 += SLICE) {
                 int64_t rows = pc_min(SLICE, job->m - i0);
                 fill_panel(job->dt, job->x, false, job->ldx, col, cols, i0, rows, panel, width);
-                rows_by_panel(ranks, rows, job->h + p0 * job->m + i0, job->m, panel, width, vectors, sums, width, true,
-                              VW);
+                rows_by_panel(ranks, rows, job->h + p0 * job->m + i0, job->m, panel, width, vectors, sums, width,
+                              i0 > 0, VW);
             }
             for (int64_t p = 0; p < ranks; p++) {
                 float e = 1.0f, *row = sums + p * width;
                 if (job->e != NULL)
                     widen_row(job->dt, job->e, p0 + p, 1, &e);
                 row_scale(cols, row, (double)e * job->scale, row);
-                for (int64_t j = 0; j < cols && job->transposed; j++) {
-                    int64_t at = (col + j) * job->r + p0 + p;
-                    if (job->dt == PC_F32)
-                        ((float *)job->c)[at] = row[j];
-                    else
-                        ((uint16_t *)job->c)[at] = job->dt == PC_F16 ? pc_f32_to_f16(row[j]) : pc_f32_to_bf16(row[j]);
-                }
                 if (job->transposed)
                     continue;
                 int64_t at = (p0 + p) * job->n + col;
@@ -451,6 +481,8 @@ static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)
                 else
                     isa_narrow(job->dt, row, cols, (uint16_t *)job->c + at);
             }
+            if (job->transposed)
+                put_transposed(job, sums, width, col, cols, p0, ranks);
         }
     }
 }
