@@ -120,12 +120,12 @@ class LowRank(torch.autograd.Function):
         scaling = ctx.scaling
         if not torch.is_grad_enabled() and runs_eagerly():
             grad_c = grad.contiguous()
-            made = [
+            dx, d_down, d_up = (
                 torch.empty_like(of, memory_format=torch.contiguous_format) if need else None
                 for of, need in ((x, need_x), (down, need_down), (up, need_up))
-            ]
-            if _core.lowrank_backward(grad_c, x, down, up, None, scaling, *made, None):
-                return made[0], grad if need_y else None, made[1], made[2], None
+            )
+            if _core.lowrank_backward(grad_c, x, down, up, None, scaling, dx, d_down, d_up, None):
+                return dx, grad if need_y else None, d_down, d_up, None
         flat_g, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         through = flat_g @ up * scaling
         dx = (through @ down).view(x.shape) if need_x else None
