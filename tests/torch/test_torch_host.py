@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -64,6 +65,65 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@pytest.mark.parametrize("name", ["bias", "bias_of_adapted"])
+@pytest.mark.parametrize("how", ["disabled", "another is active"])
+def test_trained_biases_are_saved_while_not_in_effect(name, how):
+    model = pair()[1]
+    model.add_adapter(CONFIGS[name](), "one")
+    model.up.base_layer.bias.data.fill_(3.0)
+    if how == "disabled":
+        model.disable_adapters()
+    else:
+        model.add_adapter(CONFIGS["lora"](), "two")
+    assert not (model.up.base_layer.bias == 3.0).any()
+    for given in (None, model.state_dict()):
+        assert (model.get_adapter_state_dict("one", given)["up.base_layer.bias"] == 3.0).all()
+    model.delete_adapter("one")
+    assert not model.get_submodule("up").bias.requires_grad
+
+
+def test_methods_nest_on_a_convolution():
+    """PEFT has no such thing: IA³ scales the convolution's output, with LoRA's part if that is inside."""
+    x = torch.randn(2, 2, 4, 4)
+    for order in (("LORA", "IA3"), ("IA3", "LORA")):
+        model = pair()[1]
+        base = model.conv(x).detach()
+        for method in order:
+            cls = {"LORA": peftc.LoraConfig, "IA3": peftc.IA3Config}[method]
+            model.add_adapter(
+                cls(target_modules=["conv"], **({"r": 2} if method == "LORA" else {"feedforward_modules": []})), method
+            )
+        for path, parameter in model.conv.named_parameters():
+            if "lora_" in path or "ia3_" in path:
+                parameter.data.normal_()
+        model.set_adapter("LORA")
+        lora = model.conv(x).detach() - base
+        model.set_adapter("IA3")
+        scale = model.conv(x).detach() / base
+        model.set_adapter(list(order))
+        expected = (base + lora) * scale if order[0] == "LORA" else base * scale + lora
+        torch.testing.assert_close(model.conv(x).detach(), expected, rtol=1e-4, atol=1e-4)
+        assert set(model.get_adapter_state_dict("LORA")) == {"conv.lora_A.weight", "conv.lora_B.weight"}
+        assert set(model.get_adapter_state_dict("IA3")) == {"conv.ia3_l"}
+
+
+def test_a_load_leaves_base_embeddings_alone(tmp_path, caplog):
+    config = LlamaConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with peftc.patch_transformers():
+        model = LlamaForCausalLM(config)
+        model.add_adapter(peftc.LoraConfig(r=2, target_modules=["embed_tokens"]))
+        state = model.get_adapter_state_dict()
+        key = "model.embed_tokens.base_layer.weight"
+        assert torch.equal(state[key], model.model.embed_tokens.weight)
+        config = model.peft_config["default"]
+        model.load_adapter(None, "same", peft_config=config, adapter_state_dict=state)
+        assert not caplog.records
+        before = model.model.embed_tokens.weight.clone()
+        model.load_adapter(None, "other", peft_config=config, adapter_state_dict={**state, key: state[key] + 1})
+        assert torch.equal(model.model.embed_tokens.weight, before)
+        assert key in caplog.text
 
 
 def pair(dtype=torch.float32):
@@ -288,7 +348,7 @@ def test_trained_adalora_loads():
 
 
 def test_patch_and_undo(tmp_path):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
