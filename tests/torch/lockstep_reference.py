@@ -466,7 +466,7 @@ class Reference:
         self.awake &= set(self.names())
         self.model.train(self.model.training)
         for layer in self.of_type(BaseTunerLayer):
-            for field in (*layer.adapter_layer_names, *layer.other_param_names):
+            for field in (*layer.adapter_layer_names, *layer.other_param_names, "lora_magnitude_vector"):
                 container = getattr(layer, field, None)
                 for name in self.awake if isinstance(container, nn.ModuleDict) else ():
                     if name in container:
