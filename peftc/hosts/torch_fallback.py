@@ -38,6 +38,7 @@ def choose_by_config(ours: Any, theirs: Any) -> Any:
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if made_by_peft(self):
+            args, kwargs = _as_pefts(args, kwargs)
             return theirs(self, *args, **kwargs)
         try:
             return ours(self, *args, **kwargs)
@@ -81,11 +82,27 @@ def _instead(model: Any, refused: Exception, theirs: Any, args: Any, kwargs: Any
         ) from refused
     model.__dict__.pop("_peftc_attachment", None)  # empty: what it is now, PEFT decides
     before = _Tree(model)
+    args, kwargs = _as_pefts(args, kwargs)
     try:
         return theirs(model, *args, **kwargs)
     except BaseException:
         before.restore()
         raise
+
+
+def _as_pefts(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments with PEFT's configs in the place of peftc's, which PEFT does not take; peft_config may be a dict."""
+    import peft
+
+    from ..config import PeftConfig
+
+    def converted(value: Any) -> Any:
+        return peft.PeftConfig.from_peft_type(**value.to_dict()) if isinstance(value, PeftConfig) else value
+
+    named = {key: converted(value) for key, value in kwargs.items()}
+    if isinstance(named.get("peft_config"), dict):
+        named["peft_config"] = peft.PeftConfig.from_peft_type(**named["peft_config"])
+    return tuple(map(converted, args)), named
 
 
 class _Tree:

@@ -88,6 +88,19 @@ def test_save_and_load(tmp_path):
     assert again.active_adapters() == ["default"]
 
 
+def test_configs_of_peftc_and_dicts(tmp_path):
+    model = make()
+    model.add_adapter(peftc.LoraConfig(target_modules=["extra", "c_fc"], init_lora_weights=False), "one")
+    model.add_adapter(peftc.LoraConfig(target_modules=["c_fc"]), adapter_name="two")
+    assert by_peft(model) and all(isinstance(config, peft.LoraConfig) for config in model.peft_config.values())
+    state = model.get_adapter_state_dict("one")
+    model.set_adapter("one")
+    again = make()
+    fields = {"peft_type": "LORA", "target_modules": ["extra", "c_fc"]}
+    again.load_adapter(peft_config=fields, adapter_state_dict=state)
+    assert by_peft(again) and torch.equal(logits(again), logits(model))
+
+
 def test_later_adapters_follow_the_first():
     model = make()
     model.add_adapter(NEEDS_PEFT["conv1d"](), "one")
