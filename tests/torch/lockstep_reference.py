@@ -286,7 +286,6 @@ class Reference:
     def state_dict(self, name, given=None) -> dict[str, torch.Tensor]:
         state = {plain_key(key): value for key, value in self.model.get_adapter_state_dict(name, given).items()}
         name = self.active[0] if name is None else name
-        config = self.model.peft_config[name]
         others = set(self.names()) - {name}
         # Difference: an adapter's state dict has its own tensors only (IA3; bias="all" with lora_bias).
         state = {key: value for key, value in state.items() if others.isdisjoint(key.split("."))}
@@ -314,10 +313,12 @@ class Reference:
             return key if not wrapped or f"{layer}.base_layer.weight" in mine else f"{layer}.{field}"
 
         state = {own_key(key): value for key, value in state.items()}
+        bias = getattr(self.model.peft_config[name], "bias", "none")
         for parameter, other in self.biases.get(name, []):
-            path = own_key(plain_key(paths[id(parameter)]))
-            if getattr(config, "bias", "none") == "lora_only" or path in state:
-                # Difference: bias="lora_only" is saved, and biases belong to the adapter while it is inactive, too.
+            # Difference: bias="lora_only" is saved, a head's bias too if another adapter replaces the head, and biases
+            # belong to the adapter while it is inactive, too.
+            path = own_key(plain_key(paths[id(parameter)]).replace(".original_module.", "."))
+            if bias == "lora_only" or path in state or ".original_module." in paths[id(parameter)]:
                 state[path] = parameter.detach() if name in self.biases_in else other
         return state
 
