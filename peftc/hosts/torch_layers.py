@@ -234,10 +234,6 @@ class AdaptedLayer(nn.Module):
         held = mine._modules or mine._parameters
         return [name for name in self._peftc.live if name in held]
 
-    def delta_weight(self, name: str) -> Any:
-        """A function weight -> merged weight and bias -> merged bias for one adapter; see the methods' layers."""
-        raise NotImplementedError
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base weight, in the weight's own layout."""
         raise NotImplementedError

@@ -94,6 +94,29 @@ class LoraLayer(AdaptedLayer):
         dropout = self._modules["lora_dropout"]._modules[name]
         return dropout.training and not isinstance(dropout, nn.Identity)
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "adapter_names" in kwargs:
+            return self._mixed(x, *args, **kwargs)
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
+        for name in self._live():
+            result = self._add(name, x, result)
+        return result.to(dtype)
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The result with one adapter applied to it."""
+        raise NotImplementedError
+
+    def _mixed(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+        """Each row of the batch with its own adapter ("__base__": none)."""
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
+        for name in dict.fromkeys(adapter_names):
+            if name in self.scaling:
+                rows = [i for i, n in enumerate(adapter_names) if n == name]
+                result[rows] = self._add(name, x[rows], result[rows]).to(dtype)
+        return result
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         delta = self._product(adapter)
         return delta * self.scaling[adapter]
@@ -203,20 +226,9 @@ class Linear(LoraLayer):
             plain = result if bias is None else result - bias
         return result + (scale - 1) * plain + scale * b(a(x)) * scaling
 
-    def _mixed(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
-        """Each row of the batch with its own adapter ("__base__": none)."""
-        result = self._modules["base_layer"](x, *args, **kwargs)
-        dtype = result.dtype
-        for name in dict.fromkeys(adapter_names):
-            if name == "__base__" or name not in self.lora_A:
-                continue
-            rows = [i for i, n in enumerate(adapter_names) if n == name]
-            part = self._cast(x[rows], self.lora_A[name].weight.dtype)
-            if self.use_dora[name]:
-                result[rows] = self._dora(name, part, result[rows]).to(dtype)
-            else:
-                result[rows] = self._plain(part, result[rows], [name]).to(dtype)
-        return result
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        x = self._cast(x, self.lora_A[name].weight.dtype)
+        return self._dora(name, x, result) if self.use_dora[name] else self._plain(x, result, [name])
 
 
 # ------------------------------------------------------------------------ convolution
@@ -266,15 +278,6 @@ class Conv2d(LoraLayer):
             )
         return super().merge_into(name, weight, bias)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "adapter_names" in kwargs:
-            return _mixed_by_rows(self, x, *args, **kwargs)
-        result = self._modules["base_layer"](x, *args, **kwargs)
-        dtype = result.dtype
-        for name in self._live():
-            result = self._add(name, x, result)
-        return result.to(dtype)
-
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
         x = self._cast(x, a.weight.dtype)
@@ -318,15 +321,6 @@ class Embedding(LoraLayer):
     def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
         return scale
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "adapter_names" in kwargs:
-            return _mixed_by_rows(self, x, *args, **kwargs)
-        result = self._modules["base_layer"](x, *args, **kwargs)
-        dtype = result.dtype
-        for name in self._live():
-            result = self._add(name, x, result)
-        return result.to(dtype)
-
     def _look_up(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         base: Any = self.get_base_layer()
         return F.embedding(
@@ -352,17 +346,6 @@ class Embedding(LoraLayer):
         norm = self._norm(base.weight, self._product(name).detach(), scaling).detach()
         scale = self.lora_magnitude_vector[name].weight / norm
         return scale * result + scale * added
-
-
-def _mixed_by_rows(layer: Any, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
-    """Each row of the batch with its own adapter ("__base__": none)."""
-    result = layer._modules["base_layer"](x, *args, **kwargs)
-    dtype = result.dtype
-    for name in dict.fromkeys(adapter_names):
-        if name in layer.scaling:
-            rows = [i for i, n in enumerate(adapter_names) if n == name]
-            result[rows] = layer._add(name, x[rows], result[rows]).to(dtype)
-    return result
 
 
 #: base class → layer class; looked up by isinstance, in order

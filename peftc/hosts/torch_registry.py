@@ -160,9 +160,9 @@ class TorchRegistry:
         layer_of = dict(adapter.layers)
         adapter.keys = [(row[0], layer_of[row[1]], row[2]) for row in tensors if row[6]]
         for path, module in saved:
-            parent, key = place(self.model, path) if not self._wrapper_at(path) else (None, "")
             wrapper = self._wrapper_at(path)
             if wrapper is None:
+                parent, key = place(self.model, path)
                 wrapper = SavedModule.around(parent._modules[key], self.switch)
                 parent._modules[key] = wrapper
             wrapper.copies()[name] = module
