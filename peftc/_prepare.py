@@ -155,13 +155,13 @@ def settle_orientation(config: Any, adapted: Iterable[str], kinds: Mapping[str, 
         if kind == "Linear" and flag:
             warnings.warn(
                 f"fan_in_fan_out=True, but {name} is a Linear, which stores (out, in): the config gets False",
-                stacklevel=4,
+                stacklevel=5,
             )
             flag = False
         elif kind == "Conv1D" and not flag:
             warnings.warn(
                 f"fan_in_fan_out=False, but {name} is a Conv1D, which stores (in, out): the config gets True",
-                stacklevel=4,
+                stacklevel=5,
             )
             flag = True
     return flag

@@ -8,8 +8,8 @@ done by the C core (`peftc._core.AdapterRegistry`); a method here checks names, 
 import os
 import re
 import warnings
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeAlias, Union
 
 from . import _core, _prepare
 from ._core import AdapterRegistry
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _NOT_LOADED = "No adapter loaded. Please load an adapter first."
 _PREFIX = "base_model.model."
+#: fields of a config that choose modules beside target_modules
+_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def _logger() -> Any:
@@ -58,6 +60,64 @@ class _Attachment:
         for field, value in state.items():
             setattr(self, field, value)
         self.lock = RLock()
+
+
+class MadeAdapter(NamedTuple):
+    """An adapter that is listed but not active: what its config is to become, and which tensors did not fit."""
+
+    settled: dict[str, Any]
+    text: str
+    missing: list[str]
+    unexpected: list[str]
+
+
+def make_adapter(
+    attached: _Attachment,
+    model: Any,
+    name: str,
+    config: Any,
+    others: Mapping[str, Any],
+    label: str,
+    source: Any,
+    *,
+    trainable: bool | None = None,
+    targets: str | None = None,
+) -> MadeAdapter:
+    """Make adapter `name` on the model from `config`, fresh (source None) or filled from source.
+
+    Args:
+        others: name → config of the adapters that are there.
+        trainable: the config's inference_mode decides if None.
+        targets: a pattern that stands in for the config's choice of modules.
+
+    The config is not changed. A refused adapter leaves no trace; the errors are those of `add_adapter` and `load_adapter`.
+    """
+    registry, host = attached.registry, attached.host
+    _prepare.check_against(config, others)
+    modules = host.named_modules(model)
+    once = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
+    settled = _prepare.settle_targets(config, model, host, once)
+    registry.bind(modules, host.output_embedding(model), host.input_embedding(model))
+    instead = {} if targets is None else {"target_modules": targets, **dict.fromkeys(_CHOOSING)}
+    text = _as_json(config, {**settled, **instead})
+    missing: list[str] = []
+    unexpected: list[str] = []
+    if trainable is None:
+        trainable = not config.inference_mode
+    if source is None:
+        registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
+    else:
+        missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
+    try:
+        kinds = {path: host.kind(module) for path, module in once}
+        if getattr(config, "fan_in_fan_out", False) or "Conv1D" in kinds.values():
+            adapted = registry.adapted_modules(name)
+            settled["fan_in_fan_out"] = _prepare.settle_orientation(config, adapted, kinds)
+        text = _as_json(config, settled)
+    except BaseException:
+        registry.remove(name)
+        raise
+    return MadeAdapter(settled, text, missing, unexpected)
 
 
 class PeftAdapterMixin:
@@ -221,30 +281,12 @@ class PeftAdapterMixin:
             others = self.peft_config if self._hf_peft_config_loaded else {}
             if name in others:
                 raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
-            _prepare.check_against(config, others)
-            modules = host.named_modules(self)
-            once = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
-            settled = _prepare.settle_targets(config, self, host, once)
+            made = make_adapter(attached, self, name, config, others, label, source, trainable=True if adding else None)
+            settled, text, missing, unexpected = made
             if adding:
                 settled["base_model_name_or_path"] = self.__dict__.get("name_or_path", None)
-            registry.bind(modules, host.output_embedding(self), host.input_embedding(self))
-            text = _as_json(config, settled)
-            missing: list[str] = []
-            unexpected: list[str] = []
-            if adding:
-                registry.add(name, text, label=label, seed=host.new_seed(), trainable=True)
-            else:
-                trainable = not config.inference_mode
-                missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
-
             merged = registry.merged()
             try:
-                kinds = {path: host.kind(module) for path, module in once}
-                if getattr(config, "fan_in_fan_out", False) or "Conv1D" in kinds.values():
-                    settled["fan_in_fan_out"] = _prepare.settle_orientation(
-                        config, registry.adapted_modules(name), kinds
-                    )
-                text = _as_json(config, settled)
                 kept = [] if adding else _stay_active(registry, name)
                 registry.activate([*kept, name])
             except BaseException:
