@@ -22,6 +22,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:  # the names below, as type checkers read them
     from . import models, nn, safetensors
+    from ._adalora import AdaLoraCallback
     from ._random import manual_seed
     from ._show import show_config
     from .config import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
@@ -40,6 +41,7 @@ _EXPORTS = {
     "AdaLoraConfig": "config",
     "PeftType": "config",
     "TaskType": "config",
+    "AdaLoraCallback": "_adalora",
     "load_adapter_weights": "weights",
     "manual_seed": "_random",
     "patch_transformers": "hosts.torch_patch",
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022  (the order of the documentation)
     "AdaLoraConfig",
     "PeftType",
     "TaskType",
+    "AdaLoraCallback",
     "load_adapter_weights",
     "manual_seed",
     "patch_transformers",

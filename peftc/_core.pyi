@@ -143,6 +143,23 @@ def lowrank_backward(
 def add_lowrank_to_weight(W: Any, A: Any, B: Any, scaling: float, E: Any, transpose: bool, out: Any, /) -> bool:
     """out = W + scaling · (B ⊙ E) A, or its transpose, in one pass over the weight. False as above."""
 
+def adalora_update(
+    tensors: list[tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]], beta1: float, beta2: float, /
+) -> int | None:
+    """Averages of (parameter, grad, sensitivity, uncertainty) take in a step; the index of the first that is not finite."""
+
+def adalora_scores(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], e: tuple[np.ndarray, np.ndarray], /
+) -> np.ndarray: ...
+def adalora_threshold(scores: np.ndarray, keep: int, /) -> float: ...
+def adalora_budget(
+    step: int, tinit: int, tfinal: int, total_step: int, deltaT: int, initial: int, target: int, /
+) -> tuple[int, bool]:
+    """How many triplets may stay at a step, and whether the others go at it."""
+
+def orthogonality(matrix: np.ndarray, columns: bool, scale: float = 0.0, grad: np.ndarray | None = None, /) -> float:
+    """The Frobenius norm of the Gram matrix of rows or columns, less I; scale times its derivative is added to grad."""
+
 def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""
 

@@ -39,7 +39,7 @@ class _Attachment:
     """What a model with adapters carries besides `peft_config`: its registry, who knows how to walk it, and the configs
     that its adapters were made from, as JSON (those in `peft_config` are the caller's and may be edited)."""
 
-    __slots__ = ("host", "lock", "made_from", "registry")
+    __slots__ = ("allocators", "host", "lock", "made_from", "registry")
 
     def __init__(self, model: object) -> None:
         from threading import RLock
@@ -50,9 +50,11 @@ class _Attachment:
         self.registry: Any = self.host.new_registry()
         self.lock = RLock()
         self.made_from: dict[str, str] = {}
+        #: AdaLora adapters in training: what is remembered of them between steps
+        self.allocators: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": self.host, "registry": self.registry, "made_from": self.made_from}
+        return {field: getattr(self, field) for field in self.__slots__ if field != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from threading import RLock
@@ -427,7 +429,9 @@ class PeftAdapterMixin:
         Returns:
             name → array. Without `state_dict` the arrays share memory with the adapter: writing to them changes it,
             and they keep its memory alive. modules_to_save appear under the module's own name. Where target_modules names
-            the embeddings (embed_tokens, lm_head) their base weights are there too, as in PEFT, with a warning.
+            the embeddings (embed_tokens, lm_head) their base weights are there too, as in PEFT, with a warning. Of an
+            AdaLora adapter whose ranks were allocated (`update_and_allocate`) the singular values that are left, with their
+            rows and columns, in new arrays.
 
         Raises:
             ValueError: no adapter is loaded.
@@ -441,13 +445,19 @@ class PeftAdapterMixin:
             raise KeyError(name)
         if state_dict is None:
             state: dict[str, Any] = registry.state_dict(name)
+        else:
+            state = {
+                key: state_dict[full] if full else tensor
+                for key, full, tensor, saved, _, _ in registry.tensors(name)
+                if saved and (not full or full in state_dict)
+            }
+        allocator = attached.allocators.get(name)
+        if allocator is None or allocator.masks is None:
             return state
-        rows = registry.tensors(name)
-        return {
-            key: state_dict[full] if full else tensor
-            for key, full, tensor, saved, _, _ in rows
-            if saved and (not full or full in state_dict)
-        }
+        # As in PEFT, names in the config lose the adapter's name here: save_pretrained writes the config next.
+        self.peft_config[name].rank_pattern = allocator.pattern(with_adapter=False)
+        resized: dict[str, Any] = allocator.resized(state)
+        return resized
 
     def save_adapter(
         self,
@@ -495,7 +505,11 @@ class PeftAdapterMixin:
         os.makedirs(folder, exist_ok=True)
         from .hub import CONFIG_NAME, SAFETENSORS_NAME
 
-        attached.registry.save(name, os.path.join(folder, SAFETENSORS_NAME), _PREFIX)
+        path = os.path.join(folder, SAFETENSORS_NAME)
+        if name in attached.allocators and attached.allocators[name].masks is not None:
+            attached.host.save({_PREFIX + key: t for key, t in self.get_adapter_state_dict(name).items()}, path)
+        else:
+            attached.registry.save(name, path, _PREFIX)
         _write_config(config, os.path.join(folder, CONFIG_NAME))
 
     def delete_adapter(self, adapter_names: Union[list[str], str]) -> None:
@@ -527,6 +541,7 @@ class PeftAdapterMixin:
                 registry.remove(name)
                 del self.peft_config[name]
                 attached.made_from.pop(name, None)
+                attached.allocators.pop(name, None)
             if not self.peft_config:
                 registry.enabled = True
                 del self.peft_config
@@ -542,6 +557,81 @@ class PeftAdapterMixin:
             if names:
                 attached.host.adapters_changed(self, registry)
                 attached.host.activation_changed(self, registry)
+
+    # ------------------------------------------------------- AdaLora's training
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Update the importance of the singular values of the AdaLora adapter in training, and drop those beyond the budget.
+
+        To be called at every step, after the backward pass and the optimizer's step and before zero_grad. Until step tinit,
+        and at steps that deltaT does not divide, only importance is updated; from total_step - tfinal on the ranks are
+        final. Singular values that are dropped become zero, and `peft_config[name].rank_pattern` tells which are left;
+        saving writes those alone.
+
+        Args:
+            global_step: the step, counted from 0 or 1 as in the loop around it.
+
+        Raises:
+            ValueError: no adapter is loaded, none of them is an AdaLora to be trained, no parameter of it has a gradient, or
+                the ranks should be final by now and were never allocated.
+        """
+        attached = self._attached()
+        name, allocator = self._allocator(attached)
+        config = self.peft_config[name]
+        masks = allocator.step(attached.host.triplets(self, attached.registry, name), global_step, config)
+        if masks is None:
+            return
+        attached.host.mask_triplets(self, attached.registry, name, masks)
+        if global_step <= config.total_step - config.tfinal:
+            config.rank_pattern = allocator.pattern(with_adapter=True)
+
+    def orthogonality_loss(self) -> Any:
+        """AdaLora's regularisation: orth_reg_weight times the mean of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over all adapted layers.
+
+        On a torch model: a tensor to add to the loss. Where the config has a task_type and the model's output a loss of its
+        own (it was given labels) this is in it already, as in PEFT. On a NumPy model: a float to add to the loss; its gradient is added to `.grad`
+        of lora_A and lora_B, so call it once a step, beside `backward`.
+
+        Raises:
+            ValueError: no adapter is loaded, or none of them is an AdaLora to be trained.
+        """
+        attached = self._attached()
+        name, allocator = self._allocator(attached)
+        allocator.regularised = True
+        return attached.host.orthogonality_loss(self, attached.registry, name, self.peft_config[name].orth_reg_weight)
+
+    def adalora_state_dict(self) -> dict[str, Any]:
+        """What `update_and_allocate` remembers of the AdaLora adapter in training, as named NumPy arrays.
+
+        A checkpoint needs it besides the parameters and the optimizer's state to go on exactly; {} before the first step.
+
+        Raises:
+            ValueError: no adapter is loaded, or none of them is an AdaLora to be trained.
+        """
+        state: dict[str, Any] = self._allocator(self._attached())[1].state()
+        return state
+
+    def load_adalora_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `adalora_state_dict` gave; peft_config's rank_pattern follows.
+
+        Raises:
+            ValueError: as `adalora_state_dict`, or an array that does not belong to the adapter; nothing changes then.
+        """
+        name, allocator = self._allocator(self._attached())
+        allocator.set_state(state)
+        self.peft_config[name].rank_pattern = allocator.pattern(with_adapter=True)
+
+    def _allocator(self, attached: _Attachment) -> tuple[str, Any]:
+        """The AdaLora adapter in training and its allocator, which is made when first asked for."""
+        from ._adalora import RankAllocator, trained_adapter
+
+        name = trained_adapter(self, attached.registry)
+        allocator = attached.allocators.get(name)
+        if allocator is None:
+            triplets = attached.host.triplets(self, attached.registry, name)
+            ranks = {module: len(e) for module, (_, _, (e, _)) in triplets.items()}
+            allocator = attached.allocators[name] = RankAllocator(name, ranks, self.peft_config[name])
+        return name, allocator
 
     # ------------------------------------------------------------------- merging
 
@@ -646,8 +736,15 @@ def _check_config(attached: _Attachment, name: str, config: Any) -> None:
     import json
 
     made = attached.made_from.get(name)
-    if made is not None:
-        _prepare.check_unchanged(name, json.loads(made), json.loads(_as_json(config, {})))
+    if made is None:
+        return
+    before, now = json.loads(made), json.loads(_as_json(config, {}))
+    allocator = attached.allocators.get(name)
+    if allocator is not None and allocator.masks is not None:
+        from ._adalora import masks_of
+
+        before["rank_pattern"], now["rank_pattern"] = allocator.masks, masks_of(config, name)
+    _prepare.check_unchanged(name, before, now)
 
 
 def _write_config(config: Any, path: str) -> None:

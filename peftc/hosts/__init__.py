@@ -56,6 +56,18 @@ class Host(Protocol):
     def to_eval(self, model: Any) -> None:
         """model.eval(), at a cost that does not grow with the number of adapters."""
 
+    def save(self, tensors: dict[str, Any], path: str) -> None:
+        """Write an adapter's tensors as safetensors with PEFT's metadata, atomically."""
+
+    def triplets(self, model: Any, registry: Any, name: str) -> dict[str, Any]:
+        """An AdaLora adapter's tensors with their gradients: module name → `_adalora.Triplets`."""
+
+    def mask_triplets(self, model: Any, registry: Any, name: str, masks: dict[str, list[bool]]) -> None:
+        """Set singular values to zero: module name → which of its tensors' are kept."""
+
+    def orthogonality_loss(self, model: Any, registry: Any, name: str, weight: float) -> Any:
+        """AdaLora's regularisation: see `PeftAdapterMixin.orthogonality_loss`."""
+
     def adapters_changed(self, model: Any, registry: AdapterRegistry) -> None:
         """Called after adapters were added or removed."""
 

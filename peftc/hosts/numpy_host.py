@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
+from .._adalora import PARAMETERS
 from .._random import next_seed
 
 #: Values of device_map that leave the placement to the host; here that is always the CPU.
@@ -98,6 +99,39 @@ class NumpyHost:
     def to_eval(self, model: Any) -> None:
         model.eval()
 
+    def save(self, tensors: dict[str, Any], path: str) -> None:
+        _core.safetensors_save_file(tensors, path, {"format": "pt"})
+
+    def triplets(self, model: Any, registry: Any, name: str) -> dict[str, Any]:
+        gradients = {full: parameter.grad for full, parameter in model.named_parameters()}
+        found: dict[str, dict[str, Any]] = {}
+        for _, full, tensor, _, _, module in registry.tensors(name):
+            parameter = full.removeprefix(f"{module}.").partition(".")[0]
+            if parameter in PARAMETERS:
+                grad = gradients.get(full)
+                found.setdefault(module, {})[parameter] = (_wide(tensor), None if grad is None else _wide(grad))
+        return {module: tuple(tensors[p] for p in PARAMETERS) for module, tensors in found.items()}
+
+    def mask_triplets(self, model: Any, registry: Any, name: str, masks: dict[str, list[bool]]) -> None:
+        for _, full, tensor, _, _, module in registry.tensors(name):
+            if module in masks and full.startswith(f"{module}.lora_E."):
+                tensor[~np.array(masks[module], dtype=bool)] = 0
+
+    def orthogonality_loss(self, model: Any, registry: Any, name: str, weight: float) -> float:
+        parameters = dict(model.named_parameters())
+        rows = [
+            (full, tensor)
+            for _, full, tensor, _, _, module in registry.tensors(name)
+            if full.startswith((f"{module}.lora_A.", f"{module}.lora_B."))
+        ]
+        total = 0.0
+        for full, tensor in rows:
+            parameter = parameters[full]
+            grad = np.zeros_like(_wide(tensor))
+            total += _core.orthogonality(_wide(tensor), ".lora_B." in full, weight / len(rows), grad)
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        return weight * total / max(1, len(rows))
+
     def adapters_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
         # Base parameters are frozen once there is an adapter; those of adapters follow from what is active.
         if len(registry):
@@ -105,6 +139,12 @@ class NumpyHost:
 
     def activation_changed(self, model: Any, registry: _core.AdapterRegistry) -> None:
         pass
+
+
+def _wide(array: Any) -> Any:
+    """The array itself if it is float32 or float64 without gaps, else a float32 copy."""
+    array = np.asarray(array)
+    return np.ascontiguousarray(array, dtype=np.float64 if array.dtype == np.float64 else np.float32)
 
 
 HOST = NumpyHost()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .. import _core
 from .torch_layers import (
     AdaptedLayer,
     dropout_module,
@@ -15,6 +16,7 @@ from .torch_layers import (
     transposed,
 )
 from .torch_lora import LoraLayer
+from .torch_lowrank import _fresh, runs_eagerly
 
 
 class AdaLoraLayer(LoraLayer):
@@ -57,9 +59,133 @@ class AdaLoraLayer(LoraLayer):
         for name in self._live():
             a = self.lora_A[name]
             x = self._cast(x, a.dtype)
-            low = self.lora_dropout[name](x) @ (a * self.lora_E[name]).T @ self.lora_B[name].T
-            result = result + low * self._scale(name)
+            added = self._in_c(name, x, result)
+            if added is None:
+                low = self.lora_dropout[name](x) @ (a * self.lora_E[name]).T @ self.lora_B[name].T
+                added = result + low * self._scale(name)
+            result = added
         return result
+
+    def _in_c(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
+        """The sum in C, or None where torch's operations are needed (see torch_lowrank.py)."""
+        if type(x) is not torch.Tensor or x.device.type != "cpu" or self._drops(name) or not runs_eagerly():
+            return None
+        a, b, e = self.lora_A[name], self.lora_B[name], self.lora_E[name]
+        if not x.dtype == result.dtype == a.dtype == b.dtype == e.dtype:
+            return None
+        scale = self.scaling[name] / (self.ranknum[name].item() + 1e-5)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, result, a, b, e)):
+            return SvdSum.apply(x, result, a, b, e, scale)
+        own = result if _fresh(self) else torch.empty_like(result)
+        return own if _core.lowrank_forward(x, result, own, ((a, b, scale, e, None),)) else None
+
+
+class SvdSum(torch.autograd.Function):
+    """y + scale · ((x Aᵀ) ∘ E) Bᵀ with its derivatives, both in C. Saves x, A, B and E; x Aᵀ is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, y: Any, a: Any, b: Any, e: Any, scale: float) -> Any:
+        ctx.save_for_backward(x, a, b, e)
+        ctx.scale = scale
+        out = torch.empty_like(y)
+        if not _core.lowrank_forward(x, y, out, ((a, b, scale, e, None),)):
+            out = y + (x @ (a * e).T @ b.T) * scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        x, a, b, e = ctx.saved_tensors
+        need_x, need_y, *need_factors, _ = ctx.needs_input_grad
+        dy = grad if need_y else None
+        if not torch.is_grad_enabled() and runs_eagerly():
+            made = [
+                torch.empty_like(of, memory_format=torch.contiguous_format) if need else None
+                for of, need in zip((x, a, b, e), (need_x, *need_factors), strict=True)
+            ]
+            if _core.lowrank_backward(grad.contiguous(), x, a, b, e, ctx.scale, *made):
+                return made[0], dy, *made[1:], None
+        flat_g, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        through, low = flat_g @ b * ctx.scale, flat_x @ a.T
+        weighted = through * e.reshape(-1)
+        return (
+            (weighted @ a).view(x.shape) if need_x else None,
+            dy,
+            weighted.T @ flat_x if need_factors[0] else None,
+            flat_g.T @ (low * e.reshape(-1)) * ctx.scale if need_factors[1] else None,
+            (through * low).sum(0).view(e.shape) if need_factors[2] else None,
+            None,
+        )
+
+
+# --------------------------------------------------------------------- training
+
+
+def _as_array(tensor: torch.Tensor) -> Any:
+    """float32 or float64 in the CPU's memory; the tensor's own memory where that is what it is."""
+    tensor = tensor.detach()
+    if tensor.dtype is not torch.float64:
+        tensor = tensor.float()
+    return tensor.cpu().contiguous().numpy()
+
+
+def triplets(layers: list[tuple[str, Any]], name: str) -> dict[str, Any]:
+    """See `Host.triplets`."""
+    return {
+        path: tuple(
+            (_as_array(p), None if p.grad is None else _as_array(p.grad))
+            for p in (layer.lora_A[name], layer.lora_B[name], layer.lora_E[name])
+        )
+        for path, layer in layers
+    }
+
+
+def mask_triplets(layers: list[tuple[str, Any]], name: str, masks: dict[str, list[bool]]) -> None:
+    """See `Host.mask_triplets`."""
+    with torch.no_grad():
+        for path, layer in layers:
+            if path in masks and not all(masks[path]):
+                values = layer.lora_E[name]
+                values.masked_fill_(~torch.tensor(masks[path], device=values.device).view_as(values), 0.0)
+
+
+def orthogonality(layers: list[tuple[str, Any]], name: str) -> torch.Tensor:
+    """The mean of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over layers, 0-dimensional. Matrices of one rank are done together."""
+    grams: dict[Any, list[torch.Tensor]] = {}
+    for _, layer in layers:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        grams.setdefault((len(a), a.dtype, a.device), []).extend((a @ a.T, b.T @ b))
+    total: Any = 0
+    for (rank, dtype, device), matrices in grams.items():
+        off = torch.stack(matrices) - torch.eye(rank, dtype=dtype, device=device)
+        total = total + torch.linalg.vector_norm(off, dim=(1, 2)).sum()
+    return total / max(1, 2 * len(layers))
+
+
+def add_orthogonality(model: Any, args: Any, output: Any) -> None:
+    """A forward hook: where the output has a loss, AdaLora's regularisation is part of it.
+
+    As in PEFT that is so for adapters with a task_type, whose models PEFT wraps for the task, and for no others.
+    """
+    loss = getattr(output, "loss", None)
+    attached = model.__dict__.get("_peftc_attachment")
+    if attached is None or not isinstance(loss, torch.Tensor) or not attached.registry.enabled:
+        return
+    for name in attached.registry.active():
+        config = model.peft_config[name]
+        if attached.registry.peft_type(name) != "ADALORA" or config.inference_mode or config.task_type is None:
+            continue
+        if config.orth_reg_weight:
+            term = orthogonality(attached.registry.adapted_layers(name), name)
+            output.loss = loss + config.orth_reg_weight * term.to(loss.device)
+
+
+def settle_hook(model: Any, wanted: bool) -> None:
+    """Register `add_orthogonality` on the model, or take it away."""
+    found = [key for key, hook in model._forward_hooks.items() if hook is add_orthogonality]
+    if wanted and not found:
+        model.register_forward_hook(add_orthogonality)
+    for key in found if not wanted else []:
+        del model._forward_hooks[key]
 
 
 LAYERS: types.MappingProxyType[str, type[AdaptedLayer]] = types.MappingProxyType(

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import torch_adalora
 from .torch_layers import AdaptedLayer
 from .torch_registry import TorchRegistry
+from .torch_save import save_file
 from .torch_saved import unwrap
 from .torch_tree import kind_of, walk
 
@@ -89,8 +91,20 @@ class TorchHost:
                 module.__dict__["training"] = False
                 stack += [child for child in module._modules.values() if child is not None]
 
+    def save(self, tensors: dict[str, Any], path: str) -> None:
+        save_file(tensors, path)
+
+    def triplets(self, model: Any, registry: Any, name: str) -> dict[str, Any]:
+        return torch_adalora.triplets(registry.adapted_layers(name), name)
+
+    def mask_triplets(self, model: Any, registry: Any, name: str, masks: dict[str, list[bool]]) -> None:
+        torch_adalora.mask_triplets(registry.adapted_layers(name), name, masks)
+
+    def orthogonality_loss(self, model: Any, registry: Any, name: str, weight: float) -> torch.Tensor:
+        return torch_adalora.orthogonality(registry.adapted_layers(name), name) * weight
+
     def adapters_changed(self, model: Any, registry: Any) -> None:
-        pass
+        torch_adalora.settle_hook(model, any(registry.peft_type(name) == "ADALORA" for name in registry.names()))
 
     def activation_changed(self, model: Any, registry: Any) -> None:
         pass

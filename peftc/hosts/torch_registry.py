@@ -84,6 +84,10 @@ class TorchRegistry:
     def adapted_modules(self, name: str) -> list[str]:
         return [path for path, _ in self._adapters[name].layers]
 
+    def adapted_layers(self, name: str) -> list[tuple[str, AdaptedLayer]]:
+        """(module's name, layer) of each layer that the adapter adapts, in the model's order."""
+        return self._adapters[name].layers
+
     # ------------------------------------------------------------------ making
 
     def bind(

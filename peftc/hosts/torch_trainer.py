@@ -1,8 +1,8 @@
 """Transformers' Trainer on models with adapters of the mixin: resuming, and the best model at the end.
 
 Such a model's checkpoints hold adapters; the Trainer looks for whole models in them unless the model is PEFT's
-`PeftModel`.  Its two methods that read a checkpoint are wrapped when transformers.trainer is imported, not before:
-it takes seconds.
+`PeftModel`.  Its two methods that read a checkpoint are wrapped, and the one that writes what training needs besides the
+weights, when transformers.trainer is imported, not before: it takes seconds.
 """
 
 import functools
@@ -11,38 +11,10 @@ import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-import torch
-
-from ..hub import BIN_NAME, SAFETENSORS_NAME, AdapterFiles
-from . import torch_files
+from ..hub import BIN_NAME, SAFETENSORS_NAME
+from .torch_checkpoint import read_into, write_training_state
 
 _MODULE = "transformers.trainer"
-_PREFIX = "base_model.model."
-
-
-def read_into(model: Any, folder: str) -> None:
-    """Give the first active adapter the values of the checkpoint in `folder`. Parameters stay the same objects.
-
-    Raises:
-        ValueError: the folder's tensors are not those of the adapter, by name or by shape. Nothing is changed then.
-    """
-    name = model.active_adapters()[0]
-    state = model.get_adapter_state_dict(name)
-    file = AdapterFiles(folder).weights()
-    stored = {key.removeprefix(_PREFIX): key for key in torch_files.names_in(file)}
-    odd = sorted(set(state) ^ set(stored))
-    if odd:
-        raise ValueError(f"{file} is not a checkpoint of adapter {name}: {odd[0]} is in only one of the two")
-    values = torch_files.read(file, stored.values())
-    for key, tensor in state.items():
-        if values[stored[key]].shape != tensor.shape:
-            raise ValueError(
-                f"{file} is not a checkpoint of adapter {name}: {key} has shape {list(values[stored[key]].shape)}, the "
-                f"model needs {list(tensor.shape)}"
-            )
-    with torch.no_grad():
-        for key, tensor in state.items():
-            tensor.copy_(values[stored[key]])
 
 
 def _has_adapters(trainer: Any, model: Any, folder: Any) -> bool:
@@ -72,6 +44,17 @@ def _best(theirs: Any) -> Any:
     return _load_best_model
 
 
+def _saving(theirs: Any) -> Any:
+    @functools.wraps(theirs)
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> Any:
+        result = theirs(self, output_dir)
+        if self.args.should_save:
+            write_training_state(self.model, output_dir)
+        return result
+
+    return _save_optimizer_and_scheduler
+
+
 class TrainerPatch:
     """Wraps the Trainer's methods now, or as soon as its module is imported. `undo()` takes it back."""
 
@@ -85,7 +68,11 @@ class TrainerPatch:
 
     def _apply(self, module: Any) -> None:
         self._trainer = module.Trainer
-        for name, wrap in (("_load_from_checkpoint", _resuming), ("_load_best_model", _best)):
+        for name, wrap in (
+            ("_load_from_checkpoint", _resuming),
+            ("_load_best_model", _best),
+            ("_save_optimizer_and_scheduler", _saving),
+        ):
             self._replaced[name] = vars(self._trainer)[name]
             setattr(self._trainer, name, wrap(self._replaced[name]))
 

@@ -57,6 +57,7 @@ int peftc_add_torch_bin(PyObject *module, peftc_state *state);  /* adapter_model
 int peftc_add_registry(PyObject *module, peftc_state *state);
 int peftc_add_layers(PyObject *module, peftc_state *state);   /* nn layer types */
 int peftc_add_functional(PyObject *module, peftc_state *state);
+int peftc_add_adalora(PyObject *module, peftc_state *state);  /* AdaLora's importance and budget */
 int peftc_add_torch(PyObject *module, peftc_state *state);    /* kernels on torch tensors */
 int peftc_add_torch_modules(PyObject *module, peftc_state *state);
 

@@ -113,7 +113,8 @@ static int exec_module(PyObject *module)
         return -1;
     if (peftc_add_safetensors(module, state) < 0 || peftc_add_config(module, state) < 0 ||
         peftc_add_torch_bin(module, state) < 0 || peftc_add_registry(module, state) < 0 || peftc_add_layers(module, state) < 0 ||
-        peftc_add_functional(module, state) < 0 || peftc_add_torch(module, state) < 0 ||
+        peftc_add_functional(module, state) < 0 || peftc_add_adalora(module, state) < 0 ||
+        peftc_add_torch(module, state) < 0 ||
         peftc_add_torch_modules(module, state) < 0)
         return -1;
     return 0;
