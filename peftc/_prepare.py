@@ -15,8 +15,19 @@ MANY_TARGETS = 20
 #: Heads that "all-linear" leaves out when task_type is SEQ_CLS and the model has no output embedding.
 CLASSIFIER_NAMES = ("score", "classifier")
 
-#: Adapters of one family share PEFT's layer classes: loading one replaces the active ones of its own family only.
-FAMILY = {"LORA": "lora", "ADALORA": "lora", "IA3": "ia3"}
+#: Methods that share PEFT's layer classes, and names of tensors that do not begin with the method's.
+_FAMILY = {"ADALORA": "LORA", "LOHA": "LYCORIS", "LOKR": "LYCORIS"}
+_KEY_PREFIX = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
+
+
+def family(method: str) -> str:
+    """Loading an adapter replaces the active ones of its own family only."""
+    return _FAMILY.get(method, method)
+
+
+def key_prefix(method: str) -> str:
+    """How the last part of a tensor's name begins that belongs to an adapter of the method."""
+    return _KEY_PREFIX.get(method, f"{method.lower()}_")
 
 
 def method_of(config: Any) -> str:
@@ -81,7 +92,7 @@ def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str,
     method = method_of(config)
     settled: dict[str, Any] = {}
     targets = getattr(config, "target_modules", None)
-    if targets is None and method in TARGETS:
+    if targets is None and method in TARGETS and not getattr(config, "target_parameters", None):
         targets = _default(TARGETS[method], "target_modules", model, host)
         settled["target_modules"] = targets if method == "ADALORA" else set(targets)
     if method == "IA3" and getattr(config, "feedforward_modules", None) is None:

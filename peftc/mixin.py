@@ -65,8 +65,9 @@ class _Attachment:
 
 
 class MadeAdapter(NamedTuple):
-    """An adapter that is listed but not active: what its config is to become, and which tensors did not fit."""
+    """An adapter that is listed but not active: its config, what that is to become, and which tensors did not fit."""
 
+    config: Any
     settled: dict[str, Any]
     text: str
     missing: list[str]
@@ -92,7 +93,8 @@ def make_adapter(
         trainable: the config's inference_mode decides if None.
         targets: a pattern that stands in for the config's choice of modules.
 
-    The config is not changed. A refused adapter leaves no trace; the errors are those of `add_adapter` and `load_adapter`.
+    The config is not changed; one of peftc's comes back as PEFT's if PEFT has to make the adapter. A refused adapter leaves
+    no trace; the errors are those of `add_adapter` and `load_adapter`.
     """
     registry, host = attached.registry, attached.host
     _prepare.check_against(config, others)
@@ -106,20 +108,26 @@ def make_adapter(
     unexpected: list[str] = []
     if trainable is None:
         trainable = not config.inference_mode
-    if source is None:
-        registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
-    else:
-        missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
+    try:
+        if source is None:
+            registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
+        else:
+            missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
+    except (NotImplementedError, ValueError) as refused:
+        config, settled, missing, unexpected = host.make_elsewhere(
+            registry, name, config, instead, source, refused, label=label, trainable=trainable
+        )
     try:
         kinds = {path: host.kind(module) for path, module in once}
-        if getattr(config, "fan_in_fan_out", False) or "Conv1D" in kinds.values():
+        orientation = getattr(config, "fan_in_fan_out", None)
+        if orientation or (orientation is not None and "Conv1D" in kinds.values()):
             adapted = registry.adapted_modules(name)
             settled["fan_in_fan_out"] = _prepare.settle_orientation(config, adapted, kinds)
         text = _as_json(config, settled)
     except BaseException:
         registry.remove(name)
         raise
-    return MadeAdapter(settled, text, missing, unexpected)
+    return MadeAdapter(config, settled, text, missing, unexpected)
 
 
 class PeftAdapterMixin:
@@ -224,11 +232,11 @@ class PeftAdapterMixin:
             files = AdapterFiles(peft_model_id, **options)
             if peft_config is None:
                 label = files.config()
-                config = _read_config(label)
+                config = _read_config(label, attached.host)
                 config.inference_mode = not is_trainable
             source = files.weights()
         if peft_config is not None:
-            config = _as_config(peft_config, "peft_config")
+            config = _as_config(peft_config, "peft_config", attached.host)
         if key_mapping or not isinstance(source, str):
             source = _renamed(_read_weights(source), key_mapping, attached.host)
 
@@ -284,7 +292,7 @@ class PeftAdapterMixin:
             if name in others:
                 raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
             made = make_adapter(attached, self, name, config, others, label, source, trainable=True if adding else None)
-            settled, text, missing, unexpected = made
+            config, settled, text, missing, unexpected = made
             if adding:
                 settled["base_model_name_or_path"] = self.__dict__.get("name_or_path", None)
             merged = registry.merged()
@@ -698,7 +706,7 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, _config_types())
 
 
-def _as_config(value: Any, argument: str) -> Any:
+def _as_config(value: Any, argument: str, host: Any) -> Any:
     """A config as it is, or made from a dict of its fields."""
     if _is_config(value):
         return value
@@ -707,16 +715,23 @@ def _as_config(value: Any, argument: str) -> Any:
 
         if value.get("peft_type") is None:
             raise ValueError(f'{argument} is a dict without "peft_type", which says what method it configures')
-        return PeftConfig.from_peft_type(**value)
+        try:
+            return PeftConfig.from_peft_type(**value)
+        except NotImplementedError as refused:
+            return host.config_elsewhere(refused, None, value)
     raise TypeError(
         f"{argument} should be an instance of PeftConfig or a dict of its fields. Got {type(value)} instead."
     )
 
 
-def _read_config(path: str) -> Any:
+def _read_config(path: str, host: Any) -> Any:
     from .config import PeftConfig
 
-    return PeftConfig.from_pretrained(os.path.dirname(path))
+    folder = os.path.dirname(path)
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except NotImplementedError as refused:
+        return host.config_elsewhere(refused, folder, None)
 
 
 def _as_json(config: Any, settled: dict[str, Any]) -> str:
@@ -787,18 +802,18 @@ def _renamed(tensors: dict[str, Any], key_mapping: Optional[dict[str, str]], hos
 def _stay_active(registry: AdapterRegistry, new: str) -> list[str]:
     """The active adapters that a newly loaded one leaves active: those of the other family, unless both replace the
     same module."""
-    family = _prepare.FAMILY.get(registry.peft_type(new))
+    family = _prepare.family(registry.peft_type(new))
     replaced = set(registry.saved_modules(new))
     return [
         name
         for name in registry.active()
-        if _prepare.FAMILY.get(registry.peft_type(name)) != family and replaced.isdisjoint(registry.saved_modules(name))
+        if _prepare.family(registry.peft_type(name)) != family and replaced.isdisjoint(registry.saved_modules(name))
     ]
 
 
 def _report_keys(registry: AdapterRegistry, name: str, origin: Any, missing: list[str], unexpected: list[str]) -> None:
     """Log what a file had too much and too little, as names in the model."""
-    prefix = "ia3_" if registry.peft_type(name) == "IA3" else "lora_"
+    prefix = _prepare.key_prefix(registry.peft_type(name))
     text = ""
     if unexpected:
         keys = ", ".join(_prepare.name_in_model(key, name, prefix) for key in unexpected)

@@ -53,6 +53,28 @@ class Host(Protocol):
     def as_array(self, tensor: Any) -> Any:
         """A caller's tensor as something that the registry reads."""
 
+    def config_elsewhere(self, refused: Exception, folder: str | None, fields: dict[str, Any] | None) -> Any:
+        """The config in a folder, or made of fields, of a method that peftc has no code for; `refused` says so.
+
+        Raises `refused`, or an error that adds a remedy, where nobody else can make such adapters."""
+
+    def make_elsewhere(
+        self,
+        registry: Any,
+        name: str,
+        config: Any,
+        instead: dict[str, Any],
+        source: Any,
+        refused: Exception,
+        *,
+        label: str,
+        trainable: bool,
+    ) -> tuple[Any, dict[str, Any], list[str], list[str]]:
+        """Make an adapter that the registry refused (listed, not active), if somebody else has the code for it.
+
+        instead: fields that stand in for the config's. Returns (the config that it has, fields of it that are settled now,
+        missing names, unexpected names); raises as `config_elsewhere`."""
+
     def to_eval(self, model: Any) -> None:
         """model.eval(), at a cost that does not grow with the number of adapters."""
 

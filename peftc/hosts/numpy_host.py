@@ -96,6 +96,23 @@ class NumpyHost:
         except TypeError:  # bfloat16, float8: NumPy has no such dtype; float32 holds all their values
             return tensor.float().numpy()
 
+    def config_elsewhere(self, refused: Exception, folder: str | None, fields: dict[str, Any] | None) -> Any:
+        raise refused
+
+    def make_elsewhere(
+        self,
+        registry: Any,
+        name: str,
+        config: Any,
+        instead: dict[str, Any],
+        source: Any,
+        refused: Exception,
+        *,
+        label: str,
+        trainable: bool,
+    ) -> tuple[Any, dict[str, Any], list[str], list[str]]:
+        raise refused
+
     def to_eval(self, model: Any) -> None:
         model.eval()
 

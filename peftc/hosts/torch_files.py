@@ -9,6 +9,9 @@ import torch
 from .. import _core
 from .torch_tree import FROM_NAME
 
+#: dtypes of indices, which some of PEFT's methods save
+_INDICES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
+
 
 def names_in(source: Any) -> list[str]:
     """The names of the tensors in a file (a path) or a dict."""
@@ -24,7 +27,7 @@ def read(source: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Copies of these tensors, in the dtype they are stored in.
 
     Raises:
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is neither floating point nor of indices.
     """
     wanted = set(names)
     if not wanted:
@@ -41,8 +44,10 @@ def read(source: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
         raw = {name: row for name, row in _core.torch_bin_raw(source).items() if name in wanted}
     tensors = {}
     for name, (dtype, shape, content) in raw.items():
-        if dtype not in FROM_NAME:
-            raise TypeError(f"{source}: tensor {name} has dtype {dtype}; adapter weights are F64, F32, F16 or BF16")
-        flat = torch.frombuffer(bytearray(content), dtype=FROM_NAME[dtype]) if content else torch.empty(0)
+        kind = FROM_NAME.get(dtype) or _INDICES.get(dtype)
+        if kind is None:
+            known = ", ".join([*FROM_NAME, *_INDICES])
+            raise TypeError(f"{source}: tensor {name} has dtype {dtype}; those of adapters are {known}")
+        flat = torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0)
         tensors[name] = flat.reshape(shape)
     return tensors

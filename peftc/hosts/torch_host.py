@@ -9,8 +9,8 @@ from . import torch_adalora
 from .torch_layers import AdaptedLayer
 from .torch_registry import TorchRegistry
 from .torch_save import save_file
-from .torch_saved import unwrap
 from .torch_tree import kind_of, walk
+from .torch_wrappers import unwrap
 
 
 def _path_of(model: Any, getter: str) -> str | None:
@@ -74,6 +74,32 @@ class TorchHost:
             return tensor
         tensor = tensor.detach().cpu()
         return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+    def config_elsewhere(self, refused: Exception, folder: str | None, fields: dict[str, Any] | None) -> Any:
+        from . import torch_peft
+
+        torch_peft.check_elsewhere(refused)
+        return torch_peft.as_pefts(fields) if folder is None else torch_peft.read_config(folder)
+
+    def make_elsewhere(
+        self,
+        registry: Any,
+        name: str,
+        config: Any,
+        instead: dict[str, Any],
+        source: Any,
+        refused: Exception,
+        *,
+        label: str,
+        trainable: bool,
+    ) -> tuple[Any, dict[str, Any], list[str], list[str]]:
+        from . import torch_peft
+
+        torch_peft.check_elsewhere(refused)
+        made: tuple[Any, dict[str, Any], list[str], list[str]] = registry.make_with_peft(
+            name, config, instead, source, label=label, trainable=trainable
+        )
+        return made
 
     def to_eval(self, model: Any) -> None:
         """An adapted layer that is in eval mode has its adapters in it too, if none was loaded to be trained: passed over."""

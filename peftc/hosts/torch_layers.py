@@ -97,6 +97,7 @@ class AdaptedLayer(nn.Module):
     #: may one of its adapters be in train mode while the layer is not?
     _awake = False
     _peftc: Switch
+    _peftc_inner = "base_layer"  # see torch_wrappers
 
     #: containers that every layer of the class has, in the order of PEFT's parameters; others come when asked for
     first_containers: tuple[tuple[str, Any], ...] = ()
@@ -194,10 +195,14 @@ class AdaptedLayer(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The innermost base layer."""
-        layer = self._modules["base_layer"]
-        while isinstance(layer, AdaptedLayer):
-            layer = layer._modules["base_layer"]
-        return layer
+        layer: Any = self
+        while True:
+            children = layer._modules
+            layer = children.get("base_layer") or children.get("token_adapter")
+            if layer is None:
+                raise AttributeError("this layer has lost its base layer")
+            if "base_layer" not in layer._modules and "token_adapter" not in layer._modules:
+                return layer
 
     @property
     def weight(self) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """peftc under every Transformers model: the methods of its PeftAdapterMixin, replaced by ours while the patch holds."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from ..mixin import PeftAdapterMixin
@@ -40,8 +41,8 @@ def patch_transformers() -> Patch:
 
     Returns a handle: `.undo()`, or use it in a `with` statement. A second patch on top of the first is undone first.
 
-    Adapters that peftc has no code for are made by PEFT, if it is installed, on models that have no others; the
-    Trainer resumes from checkpoints of adapters and loads the best of them at the end.
+    Models that have adapters of PEFT's from before go on with Transformers' own methods. The Trainer resumes from
+    checkpoints of adapters and loads the best of them at the end.
 
     Raises:
         ImportError: transformers or torch is not installed, or it is Transformers 5, which is not supported yet.
@@ -55,16 +56,10 @@ def patch_transformers() -> Patch:
             "pip install 'transformers<5'"
         )
 
-    from . import torch_fallback
     from .torch_registry import join_peft
     from .torch_trainer import TrainerPatch
 
     target = theirs.PeftAdapterMixin
-    choosers = {
-        "load_adapter": torch_fallback.choose_by_config,
-        "add_adapter": torch_fallback.choose_by_config,
-        "delete_adapter": torch_fallback.choose_delete,
-    }
     replaced: dict[str, Any] = {}
     for name, ours in vars(PeftAdapterMixin).items():
         if name.startswith("__") or name == "_hf_peft_config_loaded":
@@ -72,7 +67,18 @@ def patch_transformers() -> Patch:
         before = vars(target).get(name, _MISSING)
         replaced[name] = before
         if before is not _MISSING and callable(ours) and not name.startswith("_"):
-            ours = choosers.get(name, torch_fallback.choose)(ours, before)
+            ours = _choose(ours, before)
         setattr(target, name, ours)
     join_peft()
     return Patch(target, replaced, TrainerPatch())
+
+
+def _choose(ours: Any, theirs: Any) -> Any:
+    """A method that is `theirs` on a model that PEFT put its adapters on before the patch, else `ours`."""
+
+    @functools.wraps(ours)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        of_before = self._hf_peft_config_loaded and self._peftc_attachment is None
+        return (theirs if of_before else ours)(self, *args, **kwargs)
+
+    return method

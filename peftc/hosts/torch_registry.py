@@ -17,10 +17,11 @@ from torch import nn
 
 from .. import _core
 from .._core import AdapterRegistry
-from . import torch_adalora, torch_files, torch_ia3, torch_lora
+from . import torch_adalora, torch_files, torch_ia3, torch_lora, torch_peft
 from .torch_layers import AdaptedLayer, Switch
-from .torch_saved import SavedModule, copy_of, unwrap
-from .torch_tree import FROM_NAME, describe, home_of, kind_of, place, walk
+from .torch_saved import SavedModule, copy_of
+from .torch_tree import FROM_NAME, describe, home_of, kind_of, walk
+from .torch_wrappers import place, place_of, take_out, unwrap
 
 _LAYERS: dict[str, Any] = {"LORA": torch_lora.LAYERS, "ADALORA": torch_adalora.LAYERS, "IA3": torch_ia3.LAYERS}
 _PREFIX = "base_model.model."
@@ -43,6 +44,8 @@ class _Adapter:
         self.biases: list[tuple[str, nn.Module, str, torch.Tensor]] = []
         #: (state-dict key, base module, parameter's name) of the base's own embeddings in the state dict, as in PEFT
         self.embeddings: list[tuple[str, nn.Module, str]] = []
+        #: what PEFT holds of it, if PEFT made its layers
+        self.part: torch_peft.Part | None = None
 
 
 class TorchRegistry:
@@ -82,7 +85,12 @@ class TorchRegistry:
         return [path for path, _ in self._adapters[name].saved]
 
     def adapted_modules(self, name: str) -> list[str]:
-        return [path for path, _ in self._adapters[name].layers]
+        adapter = self._adapters[name]
+        return [path for path, _ in adapter.layers] if adapter.part is None else adapter.part.modules()
+
+    def part(self, name: str) -> torch_peft.Part | None:
+        """What PEFT holds of an adapter; None if peftc made it."""
+        return self._adapters[name].part
 
     def adapted_layers(self, name: str) -> list[tuple[str, AdaptedLayer]]:
         """(module's name, layer) of each layer that the adapter adapts, in the model's order."""
@@ -156,6 +164,14 @@ class TorchRegistry:
 
         # Nothing below fails.
         join_peft()
+        self._splice(adapter, layers, slots, by_module, config, tensors)
+        self._enter(adapter, saved, trainable)
+        return missing, unexpected
+
+    def _splice(
+        self, adapter: _Adapter, layers: Any, slots: Any, by_module: dict[str, Any], config: Any, tensors: Any
+    ) -> None:
+        name = adapter.name
         for (path, parent, key, layer, fresh), slot in zip(layers, slots, strict=True):
             if fresh:
                 parent._modules[key] = layer
@@ -163,11 +179,15 @@ class TorchRegistry:
             adapter.layers.append((path, layer))
         layer_of = dict(adapter.layers)
         adapter.keys = [(row[0], layer_of[row[1]], row[2]) for row in tensors if row[6]]
+
+    def _enter(self, adapter: _Adapter, saved: list[tuple[str, nn.Module]], trainable: bool) -> None:
+        """List an adapter whose layers are in; it alone is trainable then, if at all. Nothing here fails."""
+        name = adapter.name
         for path, module in saved:
-            wrapper = self._wrapper_at(path)
-            if wrapper is None:
-                parent, key = place(self.model, path)
-                wrapper = SavedModule.around(parent._modules[key], self.switch)
+            parent, key = place_of(self.model, path)
+            wrapper = parent._modules[key]
+            if not isinstance(wrapper, SavedModule):
+                wrapper = SavedModule.around(wrapper, self.switch)
                 parent._modules[key] = wrapper
             wrapper.copies()[name] = module
             module.requires_grad_(False)
@@ -180,6 +200,50 @@ class TorchRegistry:
         for other in list(self._flagged):
             self._flag(other, False)
         self.set_trainable(name, trainable)
+
+    def make_with_peft(
+        self,
+        name: str,
+        config: Any,
+        instead: dict[str, Any],
+        source: Any,
+        *,
+        label: str = "config",
+        trainable: bool = False,
+    ) -> tuple[Any, dict[str, Any], list[str], list[str]]:
+        """`add` (source None) or `load` for an adapter that peftc has no code for, from a config object.
+
+        See torch_peft.make.
+        """
+        made = torch_peft.make(self, name, config, instead, source, label, trainable)
+        join_peft()
+        return made
+
+    def take(
+        self, part: torch_peft.Part, config: Any, source: Any, label: str, trainable: bool
+    ) -> tuple[list[str], list[str]]:
+        """List an adapter whose layers PEFT has put into the model; returns (missing, unexpected) names.
+
+        All or nothing, but for PEFT's layers.
+        """
+        adapter = _Adapter(part.name, part.method)
+        adapter.part = part
+        modules = dict(self._bound)
+        saved = self._plan_saved(getattr(config, "modules_to_save", None) or [])
+        bias = getattr(config, "bias", "none")
+        bias = bias if bias in ("none", "all") else "lora_only"
+        adapter.biases = self._plan_biases(bias, set(part.modules()), [path for path, _ in saved])
+        if getattr(config, "trainable_token_indices", None) is None and part.method != "TRAINABLE_TOKENS":
+            targets = getattr(config, "target_modules", None)
+            adapter.embeddings = self._plan_embeddings(targets, part.modules(), modules)
+        missing: list[str] = []
+        unexpected: list[str] = []
+        if source is not None:
+            missing, unexpected = torch_peft.fill(part, source)
+            unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
+        self._enter(adapter, saved, trainable)
+        if source is not None and trainable:
+            part.train(True)
         return missing, unexpected
 
     def _plan_layers(self, adapter: _Adapter, slots: Any, modules: dict[str, Any]) -> list[Any]:
@@ -195,14 +259,6 @@ class TorchRegistry:
             else:
                 planned.append((path, parent, key, cls.around(top, self.switch), True))
         return planned
-
-    def _wrapper_at(self, path: str) -> SavedModule | None:
-        *above, key = path.split(".")
-        parent: Any = self.model
-        for part in above:
-            parent = unwrap(parent._modules[part])
-        found = parent._modules[key]
-        return found if isinstance(found, SavedModule) else None
 
     def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
         """(module's name, its copy) for each module that modules_to_save names."""
@@ -277,6 +333,16 @@ class TorchRegistry:
 
     # --------------------------------------------------------------- switching
 
+    def _update(self, **changes: Any) -> None:
+        """Assign fields of the switch; PEFT's layers, which have no part in it, are told."""
+        self.switch.update(**changes)
+        self.follow()
+
+    def follow(self) -> None:
+        parts = [adapter.part for adapter in self._adapters.values() if adapter.part is not None]
+        if parts:
+            torch_peft.follow(parts, self.switch.live)
+
     def active(self) -> list[str]:
         return list(self.switch.active)
 
@@ -300,7 +366,7 @@ class TorchRegistry:
         self.unmerge()
         for name in self._flagged - set(order):
             self._flag(name, False)
-        self.switch.update(active=tuple(order))
+        self._update(active=tuple(order))
         self._settle_biases()
 
     @property
@@ -313,7 +379,7 @@ class TorchRegistry:
             self.unmerge()
             for name in list(self._flagged):
                 self._flag(name, False)
-        self.switch.update(enabled=bool(value))
+        self._update(enabled=bool(value))
         self._settle_biases()
 
     def trainable(self, name: str) -> bool:
@@ -326,6 +392,8 @@ class TorchRegistry:
     def _flag(self, name: str, value: bool) -> None:
         adapter = self._adapters[name]
         tensors = [tensor for _, layer in adapter.layers for tensor in layer.tensors_of(name)]
+        if adapter.part is not None:
+            tensors = adapter.part.tensors()
         _core.set_requires_grad(tensors, value)
         for _, wrapper in adapter.saved:
             wrapper.copies()[name].requires_grad_(value)
@@ -357,16 +425,18 @@ class TorchRegistry:
         adapter = self._adapters[name]
         if name in self.switch.merged:
             self.unmerge()
-        self.switch.update(active=tuple(n for n in self.switch.active if n != name))
+        self._update(active=tuple(n for n in self.switch.active if n != name))
         self._settle_biases()
         for path, layer in adapter.layers:
             layer.drop(name)
             if layer.is_bare():
-                _take_out(self.model, path, layer)
+                take_out(self.model, path, layer)
+        if adapter.part is not None:
+            adapter.part.drop(self.model)
         for path, wrapper in adapter.saved:
             wrapper.copies().pop(name, None)
             if not wrapper.copies():
-                _take_out(self.model, path, wrapper)
+                take_out(self.model, path, wrapper)
         for _, module, field, _ in adapter.biases:
             module._parameters[field].requires_grad_(False)
         self._flagged.discard(name)
@@ -378,6 +448,8 @@ class TorchRegistry:
         """state-dict key → tensor that shares memory with the parameter."""
         adapter = self._adapters[name]
         state = {key: _tensor(layer, parameter, name).detach() for key, layer, parameter in adapter.keys}
+        if adapter.part is not None:
+            state = {key: tensor.detach() for key, _, tensor in adapter.part.rows()}
         for key, module, field, other in adapter.biases:
             mine = self._biases_of == name
             state[key] = module._parameters[field].detach() if mine else other
@@ -402,6 +474,8 @@ class TorchRegistry:
             inner = layer._modules[field]._modules.get(name)
             last = f".{part or 'weight'}" if inner is not None else ""
             rows.append((key, f"{where[id(layer)]}.{field}.{name}{last}", tensor, True, True, key))
+        if adapter.part is not None:
+            rows += adapter.part.full_rows(where)
         for key, module, field, other in adapter.biases:
             if self._biases_of == name:
                 rows.append((key, f"{where[id(module)]}.{field}", module._parameters[field], True, True, key))
@@ -434,6 +508,20 @@ class TorchRegistry:
         """
         wanted = [n for n in (self.active() if names is None else names) if n not in self.switch.merged]
         layers: dict[str, list[tuple[AdaptedLayer, str]]] = {}
+        parts = [part for part in map(self.part, wanted) if part is not None]
+        try:
+            for part in parts:  # PEFT's layers are the inner ones
+                part.merge(safe_merge)
+            self._merge_ours(wanted, layers, safe_merge)
+        except BaseException:
+            for part in reversed(parts):
+                part.unmerge()
+            raise
+        self._update(merged=(*self.switch.merged, *wanted))
+
+    def _merge_ours(
+        self, wanted: list[str], layers: dict[str, list[tuple[AdaptedLayer, str]]], safe_merge: bool
+    ) -> None:
         for name in wanted:
             for path, layer in self._adapters[name].layers:
                 layers.setdefault(path, []).append((layer, name))
@@ -455,7 +543,6 @@ class TorchRegistry:
             base.weight.data = weight
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-        self.switch.update(merged=(*self.switch.merged, *wanted))
 
     def unmerge(self) -> None:
         for base, weight, bias in reversed(self._originals):
@@ -463,8 +550,12 @@ class TorchRegistry:
             if bias is not None or getattr(base, "bias", None) is not None:
                 base.bias = bias
         self._originals.clear()
+        for name in reversed(self.switch.merged):
+            part = self.part(name)
+            if part is not None:
+                part.unmerge()
         if self.switch.merged:
-            self.switch.update(merged=())
+            self._update(merged=())
 
 
 @contextmanager
@@ -505,23 +596,6 @@ def _tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[s
         device = home_of(modules[module])
         result.setdefault(module, {})[parameter] = tensor if device == cpu else tensor.to(device)
     return result
-
-
-def _take_out(model: nn.Module, path: str, wrapper: nn.Module) -> None:
-    """Put what `wrapper` is around in its place. A tree that somebody else has changed is left alone."""
-    *above, key = path.split(".")
-    parent: Any = model
-    for part in above:
-        parent = unwrap(parent._modules[part])
-    while parent._modules.get(key) is not None:
-        module = parent._modules[key]
-        inner = "base_layer" if isinstance(module, AdaptedLayer) else "original_module"
-        if module is wrapper:
-            parent._modules[key] = module._modules[inner]
-            return
-        if not isinstance(module, (AdaptedLayer, SavedModule)):
-            return
-        parent, key = module, inner
 
 
 def join_peft() -> None:

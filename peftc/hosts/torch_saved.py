@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch_layers import AdaptedLayer, Switch, module_dict
+from .torch_layers import Switch, module_dict
+from .torch_wrappers import inner, unwrap
 
 
 class SavedModule(nn.Module):
@@ -17,6 +18,7 @@ class SavedModule(nn.Module):
     """
 
     _peftc: Switch
+    _peftc_inner = "original_module"  # see torch_wrappers
 
     @classmethod
     def around(cls, module: nn.Module, switch: Switch) -> "SavedModule":
@@ -76,17 +78,9 @@ class SavedModule(nn.Module):
 
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy for an adapter to train: without the adapters of others that may sit inside."""
-    made = copy.deepcopy(module)
-    made = unwrap(made)
+    made: nn.Module = unwrap(copy.deepcopy(module))
     for parent in list(made.modules()):
         for key, child in list(parent._modules.items()):
-            if isinstance(child, (AdaptedLayer, SavedModule)):
+            if child is not None and inner(child) is not None:
                 parent._modules[key] = unwrap(child)
     return made
-
-
-def unwrap(module: Any) -> nn.Module:
-    """The module as it was before any adapter."""
-    while isinstance(module, (AdaptedLayer, SavedModule)):
-        module = module._modules["base_layer" if isinstance(module, AdaptedLayer) else "original_module"]
-    return module

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch_saved import unwrap
+from .torch_wrappers import unwrap
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 FROM_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -28,20 +28,6 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         prefix = f"{name}." if name else ""
         stack += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
-
-
-def place(model: nn.Module, path: str) -> tuple[Any, str]:
-    """(parent, key) such that parent._modules[key] is the outermost wrapper of the module called `path`.
-
-    Inside a saved module that is the original's place: what an adapter trains of its own is not adapted.
-    """
-    *above, key = path.split(".")
-    parent: Any = model
-    for part in above:
-        parent = unwrap(parent._modules[part])
-    while type(parent._modules[key]).__name__ == "SavedModule":
-        parent, key = parent._modules[key], "original_module"
-    return parent, key
 
 
 def kind_of(module: nn.Module) -> str:

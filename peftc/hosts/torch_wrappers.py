@@ -1,0 +1,116 @@
+"""What stands around a module of a model: adapted layers and saved modules, of peftc and of PEFT.
+
+One place knows how to look through them (`inner`, `unwrap`), how to find the place of a module by its name (`place`), and
+how to take a wrapper out again (`take_out`).  A class of peftc says in `_peftc_inner` where it keeps what it is around;
+PEFT's classes are told by their bases.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+#: class → attributes that lead from a wrapper to what it is around; () for a module that is no wrapper. Filled as classes
+#: are met: a look-up by class is what makes walking a large model cheap.
+_LEADS: dict[type, tuple[str, ...]] = {}
+
+#: PEFT's wrappers by the name of their base class; the most special first.
+_PEFT_LEADS = (
+    ("TrainableTokensWrapper", ("token_adapter", "base_layer")),
+    ("AuxiliaryTrainingWrapper", ("original_module",)),
+    ("BaseTunerLayer", ("base_layer",)),
+)
+
+
+def _leads(cls: type) -> tuple[str, ...]:
+    own = getattr(cls, "_peftc_inner", None)
+    found: tuple[str, ...] = (own,) if own is not None else ()
+    if own is None:
+        bases = {base.__name__ for base in cls.__mro__ if base.__module__.startswith("peft.")}
+        found = next((leads for name, leads in _PEFT_LEADS if name in bases), ())
+    _LEADS[cls] = found
+    return found
+
+
+def inner(module: Any) -> tuple[Any, str] | None:
+    """(holder, key) such that holder._modules[key] is what `module` is around; None if it is no wrapper."""
+    cls = type(module)
+    leads = _LEADS.get(cls)
+    if leads is None:
+        leads = _leads(cls)
+    if not leads:
+        return None
+    for name in leads[:-1]:
+        module = module._modules[name]
+    return module, leads[-1]
+
+
+def unwrap(module: Any) -> Any:
+    """The module as it was before any adapter."""
+    while (found := inner(module)) is not None:
+        module = found[0]._modules[found[1]]
+    return module
+
+
+def is_ours(module: Any) -> bool:
+    """Is it a wrapper of peftc's?"""
+    return getattr(type(module), "_peftc_inner", None) is not None
+
+
+def is_pefts(module: Any) -> bool:
+    """Is it a wrapper of PEFT's?"""
+    return inner(module) is not None and not is_ours(module)
+
+
+def place_of(model: nn.Module, path: str) -> tuple[Any, str]:
+    """(parent, key) such that parent._modules[key] is the module called `path` with all that is around it."""
+    *above, key = path.split(".")
+    parent: Any = model
+    for part in above:
+        parent = unwrap(parent._modules[part])
+    return parent, key
+
+
+def around(parent: Any, key: str) -> Iterator[tuple[Any, str, Any]]:
+    """(holder, key, wrapper) of each wrapper at a place, the outermost first."""
+    while (found := inner(parent._modules[key])) is not None:
+        yield parent, key, parent._modules[key]
+        parent, key = found
+
+
+def place(model: nn.Module, path: str) -> tuple[Any, str]:
+    """(parent, key) such that parent._modules[key] is the outermost adapted layer of the module called `path`.
+
+    Inside a saved module that is the original's place: what an adapter trains of its own is not adapted.
+    """
+    parent, key = place_of(model, path)
+    while (found := inner(parent._modules[key])) is not None and found[1] == "original_module":
+        parent, key = found
+    return parent, key
+
+
+def take_out(model: nn.Module, path: str, wrapper: nn.Module) -> None:
+    """Put what `wrapper` is around in its place. A tree that somebody else has changed is left alone."""
+    for holder, key, module in around(*place_of(model, path)):
+        if module is wrapper:
+            inside = inner(module)
+            assert inside is not None
+            holder._modules[key] = inside[0]._modules[inside[1]]
+            return
+
+
+def places(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """(parent, key) of every wrapped module in the tree that runs: copies that adapters train are not looked into."""
+    seen: set[int] = set()
+    stack: list[Any] = [unwrap(model)]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for key, child in module._modules.items():
+            if child is None:
+                continue
+            if inner(child) is not None:
+                yield module, key
+            stack.append(unwrap(child))
