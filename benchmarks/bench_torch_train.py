@@ -1,0 +1,111 @@
+"""What adapters add to a training step of a Llama-shaped torch model: peftc under Transformers against PEFT.
+
+Each implementation runs in a process of its own, in turn (alternate.py). The base step is forward and backward through
+frozen weights down to the embeddings, which is what a step with adapters computes besides them; "added" is a step with
+adapters less the base step of the same process. The optimizer's step is the same for both and left out.
+
+    python benchmarks/bench_torch_train.py [--layers 8] [--width 256] [--rounds 15] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+
+from alternate import Worker, alternate, serve
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPES = {"1 × 16": (1, 16), "2 × 64": (2, 64), "4 × 128": (4, 128), "8 × 128": (8, 128)}
+CASES = {
+    "LoRA r=16, all linears": ("LORA", {"r": 16, "target_modules": ALL}),
+    "LoRA r=16, q and v": ("LORA", {"r": 16, "target_modules": ["q_proj", "v_proj"]}),
+    "LoRA r=16, dropout 0.1": ("LORA", {"r": 16, "target_modules": ALL, "lora_dropout": 0.1}),
+    "IA3, k, v and down": (
+        "IA3",
+        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "AdaLora r=12, all linears": ("ADALORA", {"init_r": 12, "target_modules": ALL, "total_step": 100}),
+}
+
+
+def worker(side: str, layers: int, width: int, threads: int) -> None:
+    import copy
+
+    import peft
+    import torch
+    import transformers
+
+    import peftc
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    peftc.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        use_cache=False,
+    )
+    base = transformers.LlamaForCausalLM(config).requires_grad_(False)
+    kinds = {"LORA": peft.LoraConfig, "IA3": peft.IA3Config, "ADALORA": peft.AdaLoraConfig}
+    cases = {}
+    with peftc.patch_transformers() if side == "ours" else contextlib.nullcontext():
+        models = {"base": base}
+        for case, (kind, fields) in CASES.items():
+            models[case] = copy.deepcopy(base)
+            models[case].add_adapter(kinds[kind](**fields))
+            for name, parameter in models[case].named_parameters():
+                if "lora_B" in name or "lora_E" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+
+    def step(model, ids, embeddings):
+        for parameter in model.parameters():
+            parameter.grad = None
+        embeddings.grad = None
+        model(inputs_embeds=embeddings, labels=ids).loss.backward()
+
+    for shape, (rows, length) in SHAPES.items():
+        ids = torch.randint(0, 512, (rows, length))
+        embeddings = base.get_input_embeddings()(ids).detach().requires_grad_()
+        for case, model in models.items():
+            model.train()
+            cases[f"{shape}: {case}"] = lambda m=model, i=ids, e=embeddings: step(m, i, e)
+    serve(cases)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.layers, options.width, options.threads)
+        return
+    sides = [Worker(__file__, [*sys.argv[1:], "--worker", side], options.threads) for side in ("ours", "theirs")]
+    print(f"{options.layers} layers × {options.width}, {options.threads} threads; milliseconds, medians\n")
+    print(f"{'batch':9}{'':27}{'step':>8}{'PEFT':>8}{'ratio':>7}{'added':>8}{'PEFT':>8}{'ratio':>7}  quiet rounds")
+    for shape in SHAPES:
+        base = alternate(*sides, f"{shape}: base", options.rounds, 0.2)
+        print(f"{shape:9}{'no adapter':27}{base.ours * 1e3:8.1f}{base.theirs * 1e3:8.1f}")
+        for case in CASES:
+            found = alternate(*sides, f"{shape}: {case}", options.rounds, 0.2)
+            ours, theirs = found.ours - base.ours, found.theirs - base.theirs
+            print(
+                f"{shape:9}{case:27}{found.ours * 1e3:8.1f}{found.theirs * 1e3:8.1f}{found.ratio:7.2f}"
+                f"{ours * 1e3:8.1f}{theirs * 1e3:8.1f}{theirs / ours:7.2f}  {found.quiet} of {found.rounds}"
+            )
+    for side in sides:
+        side.close()
+
+
+if __name__ == "__main__":
+    main()
