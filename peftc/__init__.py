@@ -21,13 +21,14 @@ except ImportError as error:
     from ._core import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:  # the names below, as type checkers read them
-    from . import models, nn, safetensors
+    from . import models, nn, optim, safetensors
     from ._adalora import AdaLoraCallback
     from ._random import manual_seed
     from ._show import show_config
     from .config import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
     from .hosts.torch_patch import patch_transformers
     from .mixin import PeftAdapterMixin
+    from .nn.grad_mode import no_grad
     from .weights import load_adapter_weights
 
 __version__ = "0.1.0"
@@ -44,10 +45,11 @@ _EXPORTS = {
     "AdaLoraCallback": "_adalora",
     "load_adapter_weights": "weights",
     "manual_seed": "_random",
+    "no_grad": "nn.grad_mode",
     "patch_transformers": "hosts.torch_patch",
     "show_config": "_show",
 }
-_MODULES = ("models", "nn", "safetensors")
+_MODULES = ("models", "nn", "optim", "safetensors")
 
 __all__ = [  # noqa: RUF022  (the order of the documentation)
     "get_num_threads",
@@ -62,10 +64,12 @@ __all__ = [  # noqa: RUF022  (the order of the documentation)
     "AdaLoraCallback",
     "load_adapter_weights",
     "manual_seed",
+    "no_grad",
     "patch_transformers",
     "show_config",
     "models",
     "nn",
+    "optim",
     "safetensors",
 ]
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from .. import _core
 from ..nn import Dropout, Embedding, Linear, Module, ModuleList
-from ..nn import functional as F
 from .base import PreTrainedModel, norm
 from .config import ModelConfig
 from .outputs import ModelOutput
@@ -90,20 +89,8 @@ class BertSelfAttention(Module):
 
     def forward(self, hidden: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         q, k, v = self.query(hidden), self.key(hidden), self.value(hidden)
-        if self.training and self.dropout.p > 0:
-            return self._with_dropout(q, k, v, mask)
-        return _core.attention(q, k, v, self.num_attention_heads, mask, None)
-
-    def _with_dropout(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """The same, step by step, since dropout is between softmax and the values."""
-        batch, length, width = q.shape
-        heads = self.num_attention_heads
-        q, k, v = (t.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3) for t in (q, k, v))
-        scores = q @ k.swapaxes(-1, -2) * q.dtype.type((width // heads) ** -0.5)
-        if mask is not None:
-            scores += np.where(mask, 0, np.finfo(scores.dtype).min).astype(scores.dtype)[:, None, None, :]
-        probabilities = self.dropout(F.softmax(scores))
-        return (probabilities @ v).transpose(0, 2, 1, 3).reshape(batch, length, width)
+        dropout = self.dropout.p if self.training else 0.0
+        return _core.attention(q, k, v, self.num_attention_heads, mask, None, dropout)
 
 
 class BertOutput(Module):
@@ -258,7 +245,7 @@ class BertModel(PreTrainedModel):
                 raise ValueError(f"input_ids must have shape (batch, length), got {ids.shape}")
             self._check_length(ids.shape[1])
             return self.embeddings.word_embeddings(ids)
-        words = np.asarray(inputs_embeds)
+        words = inputs_embeds if isinstance(inputs_embeds, np.ndarray) else np.asarray(inputs_embeds)
         if words.ndim != 3 or words.shape[2] != self.config.hidden_size:
             raise ValueError(
                 f"inputs_embeds must have shape (batch, length, {self.config.hidden_size}), got {words.shape}"

@@ -8,6 +8,7 @@ from . import functional
 from .activations import GELU, ReLU, SiLU, Tanh
 from .layers import Conv1D, Conv2d, Dropout, Embedding, Identity, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleDict, ModuleList, Parameter, Sequential
+from .tensor import Tensor
 
 __all__ = [
     "GELU",
@@ -27,5 +28,6 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Tanh",
+    "Tensor",
     "functional",
 ]

@@ -24,13 +24,15 @@ class AdapterParameter(Parameter):
             It cannot be set; `set_adapter` and the like decide. `disable_adapters` makes it false; what is set, added
             or loaded for training after that has it true, although it has no effect before `enable_adapters`.
         adapter: the adapter's name.
+        name: its name in the model.
     """
 
-    __slots__ = ("_learns", "_registry", "adapter")
+    __slots__ = ("_learns", "_registry", "adapter", "name")
 
     _registry: AdapterRegistry
     _learns: bool
     adapter: str
+    name: str
 
     @property
     def requires_grad(self) -> bool:
@@ -60,7 +62,8 @@ def _parameter(registry: AdapterRegistry, adapter: str, name: str, array: Any, l
     if found is not None and found.adapter == adapter and _address(found._raw) == _address(array):
         return found
     made = AdapterParameter(array)
-    made._registry, made.adapter, made._learns = registry, adapter, learns
+    made._attach(registry, adapter)
+    made._registry, made.adapter, made._learns, made.name = registry, adapter, learns, name
     known[name] = made
     return made
 

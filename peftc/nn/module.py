@@ -17,6 +17,7 @@ import numpy as np
 from .. import _core
 from .._core import Parameter
 from . import adapted
+from . import tensor as _tensor  # noqa: F401  (tells the core what recorded arrays are)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -154,6 +155,27 @@ class Module(_core.Module):
             parameter.requires_grad = requires_grad
         return self
 
+    def backward(self, gradient: Any, output: Any = None) -> None:
+        """Send the gradient of a loss back through the last call of this module, made in train mode.
+
+        Every parameter that requires gradients and had a part in the result gets its gradient added to `.grad`. What the
+        forward pass saved is given back, so that each call can be gone through once. After an exception from below (out
+        of memory), gradients may have been added in part: call `zero_grad()`.
+
+        Args:
+            gradient: of the loss with respect to a result of the call, as the losses of `peftc.nn.functional` give it,
+                or any array of the result's shape.
+            output: that result, where `gradient` does not come from a loss of peftc and the call gave several of its shape
+                or was not the last.
+
+        Raises:
+            RuntimeError: there was no call, it was in eval mode, nothing in it is trainable, or its gradient was taken
+                already.
+            ValueError: `gradient` has a shape that no result has, or that several have.
+            FloatingPointError: `gradient` has NaN or infinity; nothing is changed.
+        """
+        _core.backward(_start(self, gradient, output), gradient)
+
     def zero_grad(self) -> None:
         """Forget every gradient."""
         for parameter in self.parameters():
@@ -288,6 +310,45 @@ class Module(_core.Module):
 
     def _repr_children(self) -> Iterable[tuple[str, Module]]:
         return ((name, child) for name, child in self.__dict__.items() if isinstance(child, Module))
+
+
+def _start(module: Module, gradient: Any, output: Any) -> Any:
+    """The node that a gradient belongs to."""
+    name = type(module).__name__
+    if output is not None:
+        node = getattr(output, "_node", None)
+        if node is None:
+            raise RuntimeError(
+                f"{name}.backward: output was not computed in train mode from anything that is trainable"
+            )
+        return node
+    node = getattr(gradient, "_node", None)
+    if node is not None:
+        return node
+    nodes = module._outputs
+    if nodes == 0:
+        raise RuntimeError(f"{name}.backward without a forward pass: call the model first")
+    if nodes is None:
+        raise RuntimeError(
+            f"{name}.backward after a call in eval mode (or under no_grad), which saves nothing: call {name}.train() before "
+            "the forward pass"
+        )
+    if not nodes:
+        raise RuntimeError(
+            f"{name}.backward: nothing in the last call is trainable; add an adapter, load one with is_trainable=True, or "
+            "set requires_grad of parameters"
+        )
+    shape = np.shape(gradient)
+    fitting = [candidate for candidate in nodes if candidate.shape == shape]
+    if not fitting:
+        shapes = ", ".join(str(candidate.shape) for candidate in nodes)
+        raise ValueError(f"{name}.backward: the gradient has shape {shape}, and the results of the last call {shapes}")
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{name}.backward: {len(fitting)} results of the last call have the shape {shape}; say which one the gradient "
+            "belongs to: backward(gradient, output)"
+        )
+    return fitting[0]
 
 
 class _Indexed(Module):

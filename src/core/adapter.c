@@ -1,5 +1,7 @@
 #include "adapter.h"
 
+#include "gradients.h"
+
 const pc_tensor *pc_slot_tensor(const pc_adapter *adapter, const pc_slot *slot, int role)
 {
     const pc_tensor *tensor = adapter->tensors + slot->first_tensor;
@@ -28,6 +30,7 @@ void pc_adapter_release(pc_adapter *adapter)
     if (adapter == NULL || atomic_fetch_sub_explicit(&adapter->references, 1, memory_order_acq_rel) != 1)
         return;
     pc_arena_release(adapter->arena);
+    pc_gradients_free(adapter->gradients);
     pc_config_free(adapter->config);
     pc_pool_free(&adapter->pool);
     pc_free(adapter);

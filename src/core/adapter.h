@@ -65,6 +65,7 @@ typedef struct pc_adapter {
     bool has_saved_modules;
     bool has_base_copies; /* any tensor of PC_ROLE_BASE_* */
     bool trainable;
+    struct pc_gradients *gradients; /* gradients.h; NULL until the adapter is first trained */
     pc_pool pool; /* slots, tensors, slot_of_module, name */
 } pc_adapter;
 

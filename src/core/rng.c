@@ -168,6 +168,23 @@ PER_CPU static void fill_normal(void *ctx, int64_t begin, int64_t end)
     }
 }
 
+PER_CPU void pc_rng_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep)
+{
+    /* draw · 2⁻²⁴ ≥ p, in integers */
+    const double edge = ceil((p < 0.0 ? 0.0 : p > 1.0 ? 1.0 : p) * 0x1p24);
+    const uint32_t least = (uint32_t)edge;
+    for (int64_t at = 0; at < n; at += 4 * BATCH) {
+        uint32_t bits[4][BATCH];
+        float drawn[4 * BATCH];
+        draw_batch(rng, first / 4 + (uint64_t)(at / 4), bits);
+        for (int w = 0; w < 4; w++)
+            for (int i = 0; i < BATCH; i++)
+                drawn[4 * i + w] = (bits[w][i] >> 8) >= least ? 1.0f : 0.0f;
+        const int64_t left = n - at < 4 * BATCH ? n - at : 4 * BATCH;
+        memcpy(keep + at, drawn, (size_t)left * sizeof *keep);
+    }
+}
+
 void pc_fill_uniform(pc_runtime *rt, pc_rng rng, pc_dtype dtype, void *dst, int64_t n, double low, double high)
 {
     fill f = {rng, dtype, dst, n, low, high - low};

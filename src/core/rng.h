@@ -23,6 +23,10 @@ void pc_rng_block(pc_rng rng, uint64_t block, uint32_t out[4]);
 /* Element `index` of the stream, uniform in [0, 1) with 24 random bits. */
 float pc_rng_unit(pc_rng rng, uint64_t index);
 
+/* keep[i] = 1 with probability 1 - p, else 0, for elements first … first + n of the stream: 1 where pc_rng_unit is at
+ * least p.  first is a multiple of 4. */
+void pc_rng_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep);
+
 /* dst (n,), a float dtype: uniform in [low, high) or normal (Box-Muller).
  * A uniform value is computed in double and then rounded to the dtype, so that a
  * narrow one can give `high` itself; a normal one has the 24 bits of a float in

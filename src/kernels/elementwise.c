@@ -188,19 +188,26 @@ void pc_activate(pc_runtime *rt, pc_dtype dt, pc_activation_fn act, int64_t n, c
     pc_parallel_for(rt, n, GRAIN / 4, activate_range, &j);
 }
 
+/* Elements whose draws are made at once. */
+#define DRAWS 256
+
 static void dropout_range(void *ctx, int64_t begin, int64_t end)
 {
     const run_job *j = ctx;
-    for (int64_t block = begin; block < end; block++) { /* four draws each */
-        uint32_t bits[4];
-        pc_rng_block(j->rng, (uint64_t)block, bits);
-        int64_t at = 4 * block, left = pc_min(4, j->n - at);
-        for (int64_t i = 0; i < left; i++) {
-            bool keep = (double)((float)(bits[i] >> 8) * 0x1p-24f) >= j->eps;
-            if (j->dt == PC_F64)
-                ((double *)j->y)[at + i] = keep ? ((const double *)j->x)[at + i] * j->c : 0.0;
-            else
-                ((float *)j->y)[at + i] = keep ? ((const float *)j->x)[at + i] * (float)j->c : 0.0f;
+    float keep[DRAWS];
+    for (int64_t at = 4 * begin; at < pc_min(j->n, 4 * end); at += DRAWS) { /* a block has four draws */
+        int64_t part = pc_min(DRAWS, pc_min(j->n, 4 * end) - at);
+        pc_rng_keep(j->rng, (uint64_t)at, part, j->eps, keep);
+        if (j->dt == PC_F64) {
+            const double *x = (const double *)j->x + at;
+            double *y = (double *)j->y + at;
+            for (int64_t i = 0; i < part; i++)
+                y[i] = keep[i] != 0.0f ? x[i] * j->c : 0.0;
+        } else {
+            const float *x = (const float *)j->x + at, c = (float)j->c;
+            float *y = (float *)j->y + at;
+            for (int64_t i = 0; i < part; i++)
+                y[i] = keep[i] != 0.0f ? x[i] * c : 0.0f;
         }
     }
 }

@@ -2,7 +2,7 @@
  *
  * f32 activations run on kernels of our own (simd_products.h), in one of three ways.  Few rows: dots, which read the
  * weight where it lies.  More: x is transposed into panels and the weight still read where it lies, f16 and bf16
- * widened a strip at a time.  From MANY_ROWS on: the weight is packed (linear_many.c).  f64 goes through OpenBLAS.
+ * widened a strip at a time.  From PC_MANY_ROWS on: the weight is packed (linear_many.c).  f64 goes through OpenBLAS.
  *
  * Measured on one AVX-512 core (Sapphire Rapids, shared with other work; best of 40 alternating runs of CPU time),
  * GFLOP/s.  (n, k) = (1536, 384): dots of 4 × 4 reach 53 at 4 rows and 75 at 8, panels of x 29 and 49; from 16 rows on
@@ -27,8 +27,6 @@
 #define PASS_DEPTH 1024
 /* Multiply-adds that make a piece of work worth another thread. */
 #define GRAIN ((int64_t)96 << 10)
-/* From so many rows on the weight is packed instead of x: about where the two cross, see above. */
-#define MANY_ROWS 256
 /* Up to so many columns dots beat transposing x. */
 #define DOT_COLUMNS 16
 
@@ -104,7 +102,7 @@ static pc_status linear_f32(pc_runtime *rt, pc_linear_job *job, pc_error *err)
         pc_parallel_for(rt, (job->n + 3) / 4, grain_of(4 * job->m * job->k), dot_range, &work);
         return PC_OK;
     }
-    if (job->m >= MANY_ROWS)
+    if (job->m >= PC_MANY_ROWS)
         return pc_linear_many(rt, job, err);
     int64_t rows = job->m, widest = (int64_t)table->lanes * table->max_vectors;
     int64_t slab = pc_max(widest, SLAB_FLOATS / pc_max(job->k, 1) / widest * widest);

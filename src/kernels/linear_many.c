@@ -28,7 +28,18 @@ typedef struct many_work {
     const float *x;     /* what is copied to `copy` */
     float *copy;
     int64_t k, block;
+    bool turned;
 } many_work;
+
+/* dst (depth, width) ← the columns that begin at element `at` of w (k, n); those past `cols` become zero. */
+static void pack_plain(const many_work *w, int64_t at, int64_t cols, float *dst, int64_t width)
+{
+    for (int64_t p = 0; p < w->job.depth; p++, dst += width) {
+        pc_widen_to(PC_F32, dst, w->wdt, pc_at(w->wdt, w->w, at + p * w->stride), cols);
+        for (int64_t j = cols; j < width; j++)
+            dst[j] = 0.0f;
+    }
+}
 
 static void pack_range(void *ctx, int64_t begin, int64_t end)
 {
@@ -36,6 +47,11 @@ static void pack_range(void *ctx, int64_t begin, int64_t end)
     int64_t lanes = w->table->lanes, depth = w->job.depth;
     for (int64_t i = begin; i < end; i++) {
         int64_t start = pc_panel_start(&w->panels, i) * lanes, stop = pc_panel_start(&w->panels, i + 1) * lanes;
+        if (w->turned) {
+            pack_plain(w, w->at + start, pc_min(w->panels.rows, stop) - start, w->panels.data + start * depth,
+                       stop - start);
+            continue;
+        }
         w->table->pack_rows(w->wdt, w->w, w->at + start * w->stride, w->stride, pc_min(w->panels.rows, stop) - start,
                             depth, w->panels.data + start * depth, stop - start);
     }
@@ -77,13 +93,14 @@ pc_status pc_linear_many(pc_runtime *rt, const pc_linear_job *job, pc_error *err
     if (base == NULL)
         return pc_fail_nomem(err, "the scratch of a linear layer");
     float *data = (float *)(void *)pc_align_up((uintptr_t)base);
-    many_work work = {.table = table, .wdt = job->wdt, .w = job->w, .stride = k, .copy = data + packed, .k = k};
+    many_work work = {.table = table, .wdt = job->wdt, .w = job->w, .stride = job->turned ? n : k, .copy = data + packed, .k = k};
+    work.turned = job->turned;
     work.job = (pc_block_job){.panels = &work.panels, .ldx = ldx, .act = job->act, .ldy = n};
     for (int64_t row = 0; row < job->m; row += rows) {
         work.job.m = pc_min(rows, job->m - row);
         for (int64_t k0 = 0; k0 < k; k0 += step) {
             work.job.depth = pc_min(step, k - k0);
-            work.job.first = k0 == 0;
+            work.job.first = k0 == 0 && !job->accumulate;
             work.job.last = k0 + step >= k;
             work.x = job->x + row * k + k0;
             work.job.x = work.x;
@@ -94,7 +111,7 @@ pc_status pc_linear_many(pc_runtime *rt, const pc_linear_job *job, pc_error *err
             for (int64_t col = 0; col < n; col += slab) {
                 pc_panels_plan(&work.panels, table, pc_min(slab, n - col), work.job.depth);
                 work.panels.data = data;
-                work.at = col * k + k0;
+                work.at = job->turned ? k0 * n + col : col * k + k0;
                 work.job.y = job->y + row * n + col;
                 work.job.bias = job->bias != NULL ? job->bias + col : NULL;
                 pc_parallel_for(rt, work.panels.count, 2, pack_range, &work);

@@ -28,6 +28,23 @@ static inline V v_gelu(V x) { return 0.5 * x * erfc(-0.70710678118654752440 * x)
 static inline V v_gelu_tanh(V x) { return x / (1.0 + exp(-2.0 * 0.79788456080286535588 * (x + 0.044715 * x * x * x))); }
 static inline V v_silu(V x) { return x / (1.0 + exp(-x)); }
 
+static inline V v_select_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
+static inline V v_gelu_slope(V x)
+{
+    return 0.5 * erfc(-0.70710678118654752440 * x) + 0.39894228040143267794 * x * exp(-0.5 * x * x);
+}
+static inline V v_silu_slope(V x)
+{
+    double s = 1.0 / (1.0 + exp(-x));
+    return s + x * s * (1.0 - s);
+}
+static inline V v_gelu_tanh_slope(V x)
+{
+    const double c = 2.0 * 0.79788456080286535588;
+    double s = 1.0 / (1.0 + exp(-c * (x + 0.044715 * x * x * x)));
+    return s + c * x * (1.0 + 3.0 * 0.044715 * x * x) * s * (1.0 - s);
+}
+
 #undef ROW_OPS_LINKAGE
 #define ROW_OPS_LINKAGE
 #define ROW_OPS_NAME pc_rows_f64

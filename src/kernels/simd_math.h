@@ -64,3 +64,39 @@ static inline V v_tanh(V x)
     V r = v_select_less(t, v_set1(0.65f), p, q);
     return v_copysign(r, x);
 }
+
+/* d/dx of gelu: Φ(x) + x φ(x), with ½ erfc(t/√2) = 1 / P(t)^8 from v_gelu: absolute error below 1e-6. */
+static inline V v_gelu_slope(V x)
+{
+    V t = v_min(v_set1(15.0f), v_abs(x));
+    V p = v_set1(3.3544602e-06f);
+    p = v_fma(p, t, v_set1(-2.03807795e-05f));
+    p = v_fma(p, t, v_set1(0.000118087548f));
+    p = v_fma(p, t, v_set1(8.75046389e-05f));
+    p = v_fma(p, t, v_set1(0.00112559216f));
+    p = v_fma(p, t, v_set1(0.00931583438f));
+    p = v_fma(p, t, v_set1(0.0488703847f));
+    p = v_fma(p, t, v_set1(0.108752005f));
+    p = v_fma(p, t, v_set1(1.09050834f));
+    p = p * p;
+    p = p * p;
+    p = p * p;
+    V tail = v_set1(1.0f) / p, density = v_set1(0.39894228f) * v_exp(x * x * v_set1(-0.5f));
+    return v_fma(x, density, v_select_less(x, v_set1(0.0f), tail, v_set1(1.0f) - tail));
+}
+
+/* s + x s (1 - s), s = 1 / (1 + e^-x) */
+static inline V v_silu_slope(V x)
+{
+    V s = v_set1(1.0f) / (v_set1(1.0f) + v_exp(v_set1(0.0f) - x));
+    return v_fma(x * s, v_set1(1.0f) - s, s);
+}
+
+/* s + x s (1 - s) (2u)', s = 1 / (1 + e^-2u) */
+static inline V v_gelu_tanh_slope(V x)
+{
+    const float c = 2.0f * 0.79788456f;
+    V square = x * x, s = v_set1(1.0f) / (v_set1(1.0f) + v_exp(v_set1(0.0f) - x * v_fma(square, v_set1(c * 0.044715f), v_set1(c))));
+    V inner = x * v_fma(square, v_set1(3.0f * c * 0.044715f), v_set1(c));
+    return v_fma(inner * s, v_set1(1.0f) - s, s);
+}

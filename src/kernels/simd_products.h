@@ -377,54 +377,6 @@ static void isa_product(const pc_product_job *job, int64_t row_begin, int64_t ro
     }
 }
 
-/* ----------------------------------------------------------------- attention */
-
-/* Query rows whose scores are held at once. */
-#define HEAD_ROWS (2 * TILE_ROWS)
-
-static int64_t isa_head_scratch(int64_t tk, int64_t dim)
-{
-    int64_t keys = (tk + VW - 1) / VW * VW, wide = (dim + VW - 1) / VW * VW;
-    return keys * dim + keys * HEAD_ROWS + tk * wide;
-}
-
-static void isa_head(const pc_head_job *job)
-{
-    int64_t tk = job->tk, dim = job->dim, stride = job->stride;
-    int64_t keys = (tk + VW - 1) / VW * VW, wide = (dim + VW - 1) / VW * VW;
-    float *kt = job->scratch, *scores = kt + keys * dim, *vp = scores + keys * HEAD_ROWS;
-    for (int64_t j = 0; j < tk; j += WIDTH(MAX_VECTORS)) { /* keys, transposed in panels */
-        int64_t width = pc_min(WIDTH(MAX_VECTORS), keys - j);
-        pack_transposed(PC_F32, job->k, j * stride, stride, pc_min(width, tk - j), dim, kt + j * dim, width);
-    }
-    const float *v = job->v;
-    int64_t ldv = stride;
-    if (dim != wide) { /* values, filled up to whole vectors */
-        for (int64_t j = 0; j < tk; j++) {
-            memcpy(vp + j * wide, v + j * stride, (size_t)dim * sizeof(float));
-            memset(vp + j * wide + dim, 0, (size_t)(wide - dim) * sizeof(float));
-        }
-        v = vp;
-        ldv = wide;
-    }
-    for (int64_t i0 = 0; i0 < job->tq; i0 += HEAD_ROWS) {
-        int64_t rows = pc_min(HEAD_ROWS, job->tq - i0);
-        const float *q = job->q + i0 * stride;
-        float *out = job->out + i0 * stride;
-        for (int64_t j = 0; j < tk; j += WIDTH(MAX_VECTORS)) {
-            int64_t width = pc_min(WIDTH(MAX_VECTORS), keys - j);
-            rows_by_panel(rows, dim, q, stride, kt + j * dim, width, width / VW, scores + j, keys, false, VW);
-        }
-        for (int64_t i = 0; i < rows; i++)
-            row_softmax(tk, scores + i * keys, (double)job->scale, job->add, scores + i * keys);
-        for (int64_t d = 0; d < dim; d += WIDTH(MAX_VECTORS)) {
-            int64_t cols = pc_min(WIDTH(MAX_VECTORS), dim - d), vectors = (cols + VW - 1) / VW;
-            rows_by_panel(rows, tk, scores, keys, v + d, ldv, vectors, out + d, stride, false,
-                          cols - (vectors - 1) * VW);
-        }
-    }
-}
-
 static void isa_narrow(pc_dtype dt, const float *src, int64_t n, void *dst_)
 {
     uint16_t *dst = dst_;
@@ -442,6 +394,7 @@ static void isa_narrow(pc_dtype dt, const float *src, int64_t n, void *dst_)
     }
 }
 
+#include "simd_attention.h"
 #include "simd_lowrank.h"
 
 const pc_kernel_table TABLE_NAME = {
@@ -462,4 +415,6 @@ const pc_kernel_table TABLE_NAME = {
     .outer = isa_outer,
     .head_scratch = isa_head_scratch,
     .head = isa_head,
+    .head_back_scratch = isa_head_back_scratch,
+    .head_back = isa_head_back,
 };

@@ -120,6 +120,21 @@ static void row_moments(int64_t n, const void *x_, const void *residual_, void *
     *variance = squares_about(n, y, (REAL)*mean) / (double)n;
 }
 
+static void row_spread(int64_t n, const void *x_, double *mean, double *variance)
+{
+    const REAL *x = x_;
+    V s0 = v_set1(0);
+    double sum = 0.0;
+    int64_t i = 0;
+    for (; i + VW <= n; i += VW)
+        s0 = s0 + v_load(x + i);
+    for (; i < n; i++)
+        sum += (double)x[i];
+    sum += (double)v_sum(s0);
+    *mean = sum / (double)n;
+    *variance = squares_about(n, x, (REAL)*mean) / (double)n;
+}
+
 static double row_mean_square(int64_t n, const void *x) { return squares_about(n, x, 0) / (double)n; }
 
 static void row_normalise(int64_t n, const void *x_, double mean, double r, const void *weight_, const void *bias_,
@@ -183,5 +198,8 @@ static void row_softmax(int64_t n, const void *x_, double c, const void *add_, v
     row_scale(n, y, (double)((REAL)1 / sum), y);
 }
 
-ROW_OPS_LINKAGE const pc_row_ops ROW_OPS_NAME = {row_activate,    row_finish,    row_multiply, row_scale, row_axpy, row_moments,
-                                   row_mean_square, row_normalise, row_softmax};
+#include "simd_gradients.h"
+
+ROW_OPS_LINKAGE const pc_row_ops ROW_OPS_NAME = {
+    row_activate,    row_finish,    row_multiply, row_scale,         row_axpy,           row_moments,
+    row_spread,      row_mean_square, row_normalise, row_softmax,  row_activate_back, row_normalise_back, row_softmax_back};

@@ -6,6 +6,7 @@
 #ifndef PEFTC_KERNELS_TABLE_H
 #define PEFTC_KERNELS_TABLE_H
 
+#include "../core/rng.h"
 #include "kernels.h"
 #include "lowrank.h"
 
@@ -23,11 +24,22 @@ typedef struct pc_row_ops {
     void (*axpy)(int64_t n, double c, const void *x, void *y);
     /* Mean and biased variance of x + residual; the sum is written to y (residual may be NULL: x is copied). */
     void (*moments)(int64_t n, const void *x, const void *residual, void *y, double *mean, double *variance);
+    /* The same of x alone, nothing written. */
+    void (*spread)(int64_t n, const void *x, double *mean, double *variance);
     double (*mean_square)(int64_t n, const void *x);
     /* y = (x - mean) · r ⊙ weight + bias; weight and bias may be NULL, y may be x */
     void (*normalise)(int64_t n, const void *x, double mean, double r, const void *weight, const void *bias, void *y);
     /* y = softmax(c · x + add); add may be NULL, y may be x */
     void (*softmax)(int64_t n, const void *x, double c, const void *add, void *y);
+    /* Gradients (simd_gradients.h).  dx = dy ⊙ act'; saved is the activation's output for relu and tanh, its input
+     * otherwise; dx may be dy. */
+    void (*activate_back)(pc_activation_fn act, int64_t n, const void *saved, const void *dy, void *dx);
+    /* Of y = (x - mean) · r ⊙ weight, mean and r being x's own (RMSNorm: not centred, mean is 0); weight may be NULL,
+     * dx may be dy. */
+    void (*normalise_back)(int64_t n, bool centred, const void *x, double mean, double r, const void *weight,
+                           const void *dy, void *dx);
+    /* Of y = softmax(x): dx = c · y ⊙ (dy - Σ y ⊙ dy); dx may be dy. */
+    void (*softmax_back)(int64_t n, const void *y, const void *dy, double c, void *dx);
 } pc_row_ops;
 
 /* A matrix x (rows, k), f32, transposed in panels of whole vectors: panel after panel, each [k][vectors · lanes].
@@ -50,6 +62,7 @@ typedef struct pc_linear_job {
     const float *bias; /* widened; or NULL */
     pc_activation_fn act;
     float *y;
+    bool turned, accumulate; /* pc_linear_many alone: w is (k,n); y is added to */
 } pc_linear_job;
 
 /* c (m,n) = [c +] a (m,k) · op(b), then act(· + bias), for f32 a and c and any dtype of b. */
@@ -123,7 +136,16 @@ typedef struct pc_head_job {
     float scale;
     float *out;
     float *scratch; /* head_scratch(tk, dim) floats, 64-byte aligned */
+    /* Dropout of the probabilities; row i draws from element first_draw + i · pc_draws_of_row(tk) on. */
+    double dropout;
+    pc_rng rng;
+    uint64_t first_draw;
+    /* head_back: the gradient of out, and where those of q, k and v go, each NULL when not wanted */
+    const float *dy;
+    float *dq, *dk, *dv;
 } pc_head_job;
+
+static inline int64_t pc_draws_of_row(int64_t tk) { return (tk + 3) / 4 * 4; }
 
 typedef struct pc_kernel_table {
     const char *name;
@@ -156,6 +178,8 @@ typedef struct pc_kernel_table {
     void (*outer)(const pc_outer_job *job, int64_t begin, int64_t end);
     int64_t (*head_scratch)(int64_t tk, int64_t dim);
     void (*head)(const pc_head_job *job);
+    int64_t (*head_back_scratch)(int64_t tk, int64_t dim);
+    void (*head_back)(const pc_head_job *job);
 } pc_kernel_table;
 
 extern const pc_kernel_table pc_table_generic;

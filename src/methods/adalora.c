@@ -191,6 +191,20 @@ static pc_status adalora_after(const pc_call *call, const pc_adapter *adapter, c
                           pc_tensor_data(adapter, b), adalora_scale(adapter, slot), y, err);
 }
 
+static pc_status adalora_after_back(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot,
+                                    const pc_way_back *way, pc_pool *scratch, pc_error *err)
+{
+    if (slot->rank == 0)
+        return PC_OK;
+    const pc_lowrank_back what = {.a = pc_slot_tensor(adapter, slot, ADALORA_A),
+                                  .b = pc_slot_tensor(adapter, slot, ADALORA_B),
+                                  .e = pc_slot_tensor(adapter, slot, ADALORA_E),
+                                  .scale = adalora_scale(adapter, slot),
+                                  .dropout = adalora_params_of(adapter->config)->dropout,
+                                  .frozen = !adapter->trainable};
+    return pc_lowrank_way_back(call, adapter, &what, way, way->dy, scratch, err);
+}
+
 static pc_status adalora_merge(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *m,
                                pc_dtype compute, void *weight, void *bias, pc_error *err)
 {
@@ -240,5 +254,6 @@ const pc_method pc_method_adalora = {
     .plan = adalora_plan,
     .init = adalora_init,
     .after = adalora_after,
+    .after_back = adalora_after_back,
     .merge = adalora_merge,
 };

@@ -102,20 +102,31 @@ pc_status dora_norms(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *s
     return status;
 }
 
-/* factors (out) ← magnitude / norm + add */
-static pc_status get_factors(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, double add,
-                             pc_pool *scratch, void **factors, pc_error *err)
+pc_status dora_factors(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, pc_pool *scratch,
+                       void **factors, void **norms, pc_error *err)
 {
     const pc_module *m = call->module;
     const pc_tensor *magnitude = pc_slot_tensor(adapter, slot, LORA_MAGNITUDE);
+    void *lengths;
     pc_status status = pc_scratch(scratch, call->compute, m->out_features, 1, factors, err);
     if (status == PC_OK)
-        status = dora_norms(call->rt, adapter, slot, m, call->compute, *factors, err);
+        status = pc_scratch(scratch, call->compute, m->out_features, 1, &lengths, err);
+    if (status == PC_OK)
+        status = dora_norms(call->rt, adapter, slot, m, call->compute, lengths, err);
     for (int64_t i = 0; status == PC_OK && i < m->out_features; i++) {
         double length = pc_get_double(magnitude->dtype, pc_tensor_data(adapter, magnitude), i);
-        pc_put_double(call->compute, *factors, i, length / pc_get_double(call->compute, *factors, i) + add);
+        pc_put_double(call->compute, *factors, i, length / pc_get_double(call->compute, lengths, i));
     }
+    if (norms != NULL)
+        *norms = lengths;
     return status;
+}
+
+bool dora_keeps_result(const pc_adapter *adapter, const pc_slot *slot)
+{
+    (void)slot;
+    const lora_params *p = lora_params_of(adapter->config);
+    return p->use_dora && adapter->trainable;
 }
 
 /* y += (f − 1) · W·d + f · s·B·A·d for the dropped-out input d: PEFT's form while dropout is on. */
@@ -128,7 +139,7 @@ static pc_status after_dropout(const pc_call *call, const pc_adapter *adapter, c
     pc_call base = *call;
     base.module = &without_bias;
     void *factors, *part;
-    pc_status status = get_factors(call, adapter, slot, 0.0, scratch, &factors, err);
+    pc_status status = dora_factors(call, adapter, slot, scratch, &factors, NULL, err);
     if (status == PC_OK)
         status = pc_scratch(scratch, call->compute, n, 1, &part, err);
     if (status == PC_OK)
@@ -153,7 +164,7 @@ pc_status dora_after(const pc_call *call, const pc_adapter *adapter, const pc_sl
         return after_dropout(call, adapter, slot, dropped, y, scratch, err);
     const pc_module *m = call->module;
     void *factors;
-    pc_status status = get_factors(call, adapter, slot, 0.0, scratch, &factors, err);
+    pc_status status = dora_factors(call, adapter, slot, scratch, &factors, NULL, err);
     if (status != PC_OK)
         return status;
     /* What is scaled is the running result without the base's bias. */

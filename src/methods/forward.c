@@ -5,6 +5,8 @@
  * then after(a1) … after(an).  Each `after` gets the x that its adapter saw. */
 #include "support.h"
 
+#include <string.h>
+
 
 #define NESTED_ON_STACK 16
 
@@ -117,8 +119,7 @@ pc_status pc_base_forward(const pc_call *call, const void *x, void *y, pc_pool *
                    m->name != NULL ? m->name : "?", pc_kind_name(m->kind));
 }
 
-/* Adapters that change the module's computation, in order. */
-static size_t list_nested(const pc_activation *activation, int32_t module, const pc_adapter **list)
+size_t pc_list_nested(const pc_activation *activation, int32_t module, const pc_adapter **list)
 {
     size_t count = 0;
     if (module < 0 || is_merged(activation, module))
@@ -131,8 +132,22 @@ static size_t list_nested(const pc_activation *activation, int32_t module, const
     return count;
 }
 
+/* A copy of the running result, where the way back needs it. */
+static pc_status keep_result(const pc_call *call, const pc_adapter *adapter, pc_kept *kept, size_t i, const void *y,
+                             pc_error *err)
+{
+    const pc_slot *slot = pc_adapter_slot(adapter, call->module_index);
+    if (kept == NULL || adapter->method->keeps_result == NULL || !adapter->method->keeps_result(adapter, slot))
+        return PC_OK;
+    const int64_t out = call->rows * call->module->out_features, pixels = pc_output_pixels(call);
+    pc_status status = pc_scratch(&kept->pool, call->compute, out, pixels, &kept->results[i], err);
+    if (status == PC_OK)
+        memcpy(kept->results[i], y, (size_t)(out * pixels) * pc_dtype_size(call->compute));
+    return status;
+}
+
 static pc_status run_nested(const pc_call *call, const pc_adapter *const *list, const void **seen, size_t count,
-                            const void *x, void *y, pc_pool *scratch, pc_error *err)
+                            const void *x, void *y, pc_kept *kept, pc_pool *scratch, pc_error *err)
 {
     pc_status status = PC_OK;
     for (size_t i = count; i-- > 0 && status == PC_OK;) {
@@ -143,14 +158,22 @@ static pc_status run_nested(const pc_call *call, const pc_adapter *const *list, 
     }
     if (status == PC_OK)
         status = pc_base_forward(call, x, y, scratch, err);
-    for (size_t i = 0; i < count && status == PC_OK; i++)
-        if (list[i]->method->after != NULL)
+    for (size_t i = 0; i < count && status == PC_OK; i++) {
+        status = keep_result(call, list[i], kept, i, y, err);
+        if (status == PC_OK && list[i]->method->after != NULL)
             status = list[i]->method->after(call, list[i], pc_adapter_slot(list[i], call->module_index), seen[i], y,
                                             scratch, err);
+    }
     return status;
 }
 
 pc_status pc_forward(const pc_call *outer, const pc_activation *activation, const void *x, void *y, pc_error *err)
+{
+    return pc_forward_keeping(outer, activation, x, y, NULL, err);
+}
+
+pc_status pc_forward_keeping(const pc_call *outer, const pc_activation *activation, const void *x, void *y,
+                             pc_kept *kept, pc_error *err)
 {
     if (activation == NULL || !activation->enabled || (activation->count == 0 && activation->merged == NULL))
         return pc_base_forward(outer, x, y, NULL, err);
@@ -171,8 +194,17 @@ pc_status pc_forward(const pc_call *outer, const pc_activation *activation, cons
     }
     status = list != NULL && seen != NULL ? PC_OK : pc_fail_nomem(err, "the list of active adapters");
     if (status == PC_OK) {
-        size_t count = list_nested(activation, outer->module_index, list);
-        status = run_nested(&call, list, seen, count, x, y, &scratch, err);
+        size_t count = pc_list_nested(activation, outer->module_index, list);
+        if (kept != NULL && count != 0) {
+            kept->count = count;
+            kept->results = pc_pool_array(&kept->pool, count, sizeof *kept->results);
+        }
+        if (kept != NULL && count != 0 && kept->results == NULL)
+            status = pc_fail_nomem(err, "the list of kept results");
+        for (size_t i = 0; kept != NULL && kept->results != NULL && i < count; i++)
+            kept->results[i] = NULL;
+        if (status == PC_OK)
+            status = run_nested(&call, list, seen, count, x, y, kept, &scratch, err);
     }
     pc_pool_free(&scratch);
     return status;

@@ -83,26 +83,31 @@ static pc_status ia3_init(pc_runtime *rt, pc_adapter *adapter, const pc_slot *sl
     return PC_OK;
 }
 
+static void scale_input(const pc_call *call, const pc_tensor *l, const void *factors, const void *x, void *scaled)
+{
+    const pc_module *m = call->module;
+    if (m->kind != PC_CONV2D) {
+        pc_scale_columns(call->rt, call->compute, call->rows, m->in_features, x, l->dtype, factors, scaled);
+        return;
+    }
+    const int64_t pixels = call->height * call->width, image = m->in_features * pixels;
+    for (int64_t i = 0; i < call->rows; i++)
+        pc_scale_rows(call->rt, call->compute, m->in_features, pixels, pc_at_const(call->compute, x, i * image),
+                      l->dtype, factors, pc_at(call->compute, scaled, i * image));
+}
+
 static pc_status ia3_before(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void **x,
                             pc_pool *scratch, pc_error *err)
 {
     if (!slot->feedforward)
         return PC_OK;
-    const pc_module *m = call->module;
     const pc_tensor *l = pc_slot_tensor(adapter, slot, IA3_L);
     const void *factors = pc_tensor_data(adapter, l);
     void *scaled;
     pc_status status = pc_scratch(scratch, call->compute, pc_input_count(call), 1, &scaled, err);
     if (status != PC_OK)
         return status;
-    if (m->kind != PC_CONV2D) {
-        pc_scale_columns(call->rt, call->compute, call->rows, m->in_features, *x, l->dtype, factors, scaled);
-    } else {
-        const int64_t pixels = call->height * call->width, image = m->in_features * pixels;
-        for (int64_t i = 0; i < call->rows; i++)
-            pc_scale_rows(call->rt, call->compute, m->in_features, pixels, pc_at_const(call->compute, *x, i * image),
-                          l->dtype, factors, pc_at(call->compute, scaled, i * image));
-    }
+    scale_input(call, l, factors, *x, scaled);
     *x = scaled;
     return PC_OK;
 }
@@ -118,6 +123,71 @@ static pc_status ia3_after(const pc_call *call, const pc_adapter *adapter, const
     const pc_tensor *l = pc_slot_tensor(adapter, slot, IA3_L);
     pc_scale_output(call, l->dtype, pc_tensor_data(adapter, l), y);
     return PC_OK;
+}
+
+/* Per input feature (Conv2d: channel): target += Σ a ⊙ b. */
+static void sum_input(const pc_call *call, const void *a, const void *b, void *sums)
+{
+    const pc_module *m = call->module;
+    if (m->kind != PC_CONV2D) {
+        pc_sum_rows(call->rt, call->compute, call->rows, m->in_features, a, b, 1.0, sums);
+        return;
+    }
+    const int64_t pixels = call->height * call->width, image = m->in_features * pixels;
+    for (int64_t i = 0; i < call->rows; i++)
+        pc_sum_columns(call->rt, call->compute, m->in_features, pixels, pc_at_const(call->compute, a, i * image),
+                       pc_at_const(call->compute, b, i * image), 1.0, sums);
+}
+
+/* The gradient of the factors: Σ of values ⊙ their gradients, per feature. */
+static pc_status factor_gradient(const pc_call *call, const pc_adapter *adapter, const pc_tensor *l, bool input,
+                                 const void *values, const void *gradients, pc_pool *scratch, pc_error *err)
+{
+    const int64_t n = pc_tensor_count(l);
+    void *sums;
+    if (!pc_gradient_wanted(adapter, l))
+        return PC_OK;
+    pc_status status = pc_scratch(scratch, call->compute, n, 1, &sums, err);
+    if (status != PC_OK)
+        return status;
+    memset(sums, 0, (size_t)n * pc_dtype_size(call->compute));
+    if (input)
+        sum_input(call, values, gradients, sums);
+    else
+        pc_sum_output(call, values, gradients, 1.0, sums);
+    pc_target_add(call->rt, pc_tensor_target(adapter, l), call->compute, sums, n, 1.0);
+    return PC_OK;
+}
+
+static bool ia3_keeps_result(const pc_adapter *adapter, const pc_slot *slot)
+{
+    return !slot->feedforward && adapter->trainable;
+}
+
+static pc_status ia3_after_back(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot,
+                                const pc_way_back *way, pc_pool *scratch, pc_error *err)
+{
+    if (slot->feedforward)
+        return PC_OK;
+    const pc_tensor *l = pc_slot_tensor(adapter, slot, IA3_L);
+    pc_status status = PC_OK;
+    if (way->kept != NULL)
+        status = factor_gradient(call, adapter, l, false, way->kept, way->dy, scratch, err);
+    if (status == PC_OK)
+        pc_scale_output(call, l->dtype, pc_tensor_data(adapter, l), way->dy);
+    return status;
+}
+
+static pc_status ia3_before_back(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void *x,
+                                 void *dx, pc_pool *scratch, pc_error *err)
+{
+    if (!slot->feedforward)
+        return PC_OK;
+    const pc_tensor *l = pc_slot_tensor(adapter, slot, IA3_L);
+    pc_status status = factor_gradient(call, adapter, l, true, x, dx, scratch, err);
+    if (status == PC_OK)
+        scale_input(call, l, pc_tensor_data(adapter, l), dx, dx);
+    return status;
 }
 
 static pc_status ia3_merge(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *m,
@@ -167,5 +237,8 @@ const pc_method pc_method_ia3 = {
     .init = ia3_init,
     .before = ia3_before,
     .after = ia3_after,
+    .keeps_result = ia3_keeps_result,
+    .after_back = ia3_after_back,
+    .before_back = ia3_before_back,
     .merge = ia3_merge,
 };

@@ -1,5 +1,5 @@
 /* LoRA (Hu et al. 2021): config, tensors, forward and merge.  Initial values
- * are in lora_init.c, DoRA's magnitudes in dora.c. */
+ * are in lora_init.c, DoRA's magnitudes in dora.c, gradients in lora_backward.c. */
 #include "lora.h"
 
 #include <inttypes.h>
@@ -239,8 +239,8 @@ static const pc_role_name lora_roles[] = {
 
 /* --------------------------------------------------------------------- factors */
 
-static void factor_tensors(const pc_adapter *adapter, const pc_slot *slot, bool initial, const pc_tensor **a,
-                           const pc_tensor **b)
+void lora_factor_tensors(const pc_adapter *adapter, const pc_slot *slot, bool initial, const pc_tensor **a,
+                         const pc_tensor **b)
 {
     *a = pc_slot_tensor(adapter, slot, initial ? LORA_INITIAL_A : LORA_A);
     *b = pc_slot_tensor(adapter, slot, initial ? LORA_INITIAL_B : LORA_B);
@@ -255,7 +255,7 @@ pc_status lora_get_factors(pc_runtime *rt, const pc_adapter *adapter, const pc_s
 {
     const pc_tensor *a, *b;
     *out = (lora_factors){.r = slot->rank};
-    factor_tensors(adapter, slot, initial, &a, &b);
+    lora_factor_tensors(adapter, slot, initial, &a, &b);
     if (a == NULL)
         return PC_OK;
     out->a_columns = pc_tensor_count(a) / slot->rank;
@@ -296,14 +296,24 @@ pc_status lora_add_delta(pc_runtime *rt, const pc_adapter *adapter, const pc_slo
 
 /* --------------------------------------------------------------------- forward */
 
+void lora_look_up(const pc_call *call, const pc_adapter *adapter, const pc_tensor *a, int64_t r, const int64_t *ids,
+                  void *out)
+{
+    const int64_t num = call->module->in_features;
+    const void *data = pc_tensor_data(adapter, a);
+    for (int64_t i = 0; i < call->rows; i++)
+        for (int64_t k = 0; k < r; k++)
+            pc_put_double(call->compute, out, i * r + k, pc_get_double(a->dtype, data, k * num + ids[i]));
+}
+
 /* y (rows, dim) += scale · A[:, ids]ᵀ · Bᵀ */
 static pc_status embedding_output(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot,
                                   const int64_t *ids, double scale, void *y, pc_pool *scratch, pc_error *err)
 {
     const pc_module *m = call->module;
     const pc_tensor *a, *b;
-    factor_tensors(adapter, slot, false, &a, &b);
-    const int64_t r = slot->rank, num = m->in_features, dim = m->out_features;
+    lora_factor_tensors(adapter, slot, false, &a, &b);
+    const int64_t r = slot->rank, dim = m->out_features;
     void *looked_up;
     const void *b_data;
     pc_status status = pc_scratch(scratch, call->compute, call->rows, r, &looked_up, err);
@@ -311,12 +321,24 @@ static pc_status embedding_output(const pc_call *call, const pc_adapter *adapter
         status = pc_tensor_as(call->rt, call->compute, adapter, b, scratch, &b_data, err);
     if (status != PC_OK)
         return status;
-    const void *a_data = pc_tensor_data(adapter, a);
-    for (int64_t i = 0; i < call->rows; i++)
-        for (int64_t k = 0; k < r; k++)
-            pc_put_double(call->compute, looked_up, i * r + k, pc_get_double(a->dtype, a_data, k * num + ids[i]));
+    lora_look_up(call, adapter, a, r, ids, looked_up);
     return pc_gemm(call->rt, call->compute, false, true, call->rows, dim, r, scale, looked_up, r, b_data, r, 1.0, y,
                    dim, err);
+}
+
+void lora_conv_shapes(const pc_call *call, const pc_slot *slot, pc_conv_shape *first, pc_conv_shape *second)
+{
+    *first = pc_call_conv(call);
+    *second = *first;
+    first->out_channels = slot->rank;
+    first->groups = 1;
+    second->in_channels = slot->rank;
+    second->height = call->out_height;
+    second->width = call->out_width;
+    for (int d = 0; d < 2; d++) {
+        second->kernel[d] = second->stride[d] = second->dilation[d] = 1;
+        second->padding[d] = 0;
+    }
 }
 
 static pc_status conv_output(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void *x,
@@ -324,16 +346,8 @@ static pc_status conv_output(const pc_call *call, const pc_adapter *adapter, con
 {
     const pc_tensor *a = pc_slot_tensor(adapter, slot, LORA_A), *b = pc_slot_tensor(adapter, slot, LORA_B);
     const int64_t pixels = pc_output_pixels(call);
-    pc_conv_shape first = pc_call_conv(call), second = first;
-    first.out_channels = slot->rank;
-    first.groups = 1;
-    second.in_channels = slot->rank;
-    second.height = call->out_height;
-    second.width = call->out_width;
-    for (int d = 0; d < 2; d++) {
-        second.kernel[d] = second.stride[d] = second.dilation[d] = 1;
-        second.padding[d] = 0;
-    }
+    pc_conv_shape first, second;
+    lora_conv_shapes(call, slot, &first, &second);
     void *narrow, *wide;
     pc_status status = pc_scratch(scratch, call->compute, call->rows * slot->rank, pixels, &narrow, err);
     if (status == PC_OK)
@@ -357,7 +371,7 @@ pc_status lora_add_output(const pc_call *call, const pc_adapter *adapter, const 
     if (m->kind == PC_CONV2D)
         return conv_output(call, adapter, slot, x, scale, y, scratch, err);
     const pc_tensor *a, *b;
-    factor_tensors(adapter, slot, initial, &a, &b);
+    lora_factor_tensors(adapter, slot, initial, &a, &b);
     return pc_lowrank_add(call->rt, call->compute, call->rows, m->out_features, m->in_features, slot->rank, x,
                           a->dtype, pc_tensor_data(adapter, a), NULL, b->dtype, pc_tensor_data(adapter, b), scale, y,
                           err);
@@ -368,9 +382,7 @@ static pc_status lora_after(const pc_call *call, const pc_adapter *adapter, cons
 {
     const lora_params *p = lora_params_of(adapter->config);
     const void *dropped;
-    /* An embedding's input are indices. */
-    const double dropout = call->module->kind != PC_EMBEDDING ? p->dropout : 0.0;
-    pc_status status = pc_drop_input(call, adapter, dropout, x, scratch, &dropped, err);
+    pc_status status = pc_drop_input(call, adapter, lora_dropout(adapter, call->module), x, scratch, &dropped, err);
     if (status != PC_OK)
         return status;
     if (pc_slot_tensor(adapter, slot, LORA_INITIAL_A) != NULL)
@@ -417,5 +429,7 @@ const pc_method pc_method_lora = {
     .plan = lora_plan,
     .init = lora_init_slot,
     .after = lora_after,
+    .keeps_result = dora_keeps_result,
+    .after_back = lora_after_back,
     .merge = lora_merge,
 };

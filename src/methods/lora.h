@@ -72,11 +72,39 @@ pc_status lora_add_delta(pc_runtime *rt, const pc_adapter *adapter, const pc_slo
 pc_status lora_add_output(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, bool initial,
                           const void *x, double scale, void *y, pc_pool *scratch, pc_error *err);
 
+/* lora_backward.c.  The way back through lora_add_output with this scale: dy is its gradient and only looked at;
+ * `frozen` when the factors get no gradients. */
+pc_status lora_output_back(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, bool initial,
+                           bool dropped, double scale, const pc_way_back *way, const void *dy, pc_pool *scratch,
+                           pc_error *err);
+pc_status lora_after_back(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const pc_way_back *way,
+                          pc_pool *scratch, pc_error *err);
+/* The dropout that counts for a module: an embedding's input are indices. */
+static inline double lora_dropout(const pc_adapter *adapter, const pc_module *module)
+{
+    return module->kind != PC_EMBEDDING ? lora_params_of(adapter->config)->dropout : 0.0;
+}
+/* lora.c: the slot's tensors A and B, or those that pissa or olora started from. */
+void lora_factor_tensors(const pc_adapter *adapter, const pc_slot *slot, bool initial, const pc_tensor **a,
+                         const pc_tensor **b);
+/* lora.c: the two convolutions of A and B. */
+void lora_conv_shapes(const pc_call *call, const pc_slot *slot, pc_conv_shape *first, pc_conv_shape *second);
+/* lora.c: out (rows, r) ← the columns of A that the ids name. */
+void lora_look_up(const pc_call *call, const pc_adapter *adapter, const pc_tensor *a, int64_t r, const int64_t *ids,
+                  void *out);
+
 /* dora.c.  norms (out) ← length of each output's row of the module's weight + delta (embedding: of each column). */
 pc_status dora_norms(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *module,
                      pc_dtype compute, void *norms, pc_error *err);
 pc_status dora_after(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void *x,
                      const void *dropped, void *y, pc_pool *scratch, pc_error *err);
+bool dora_keeps_result(const pc_adapter *adapter, const pc_slot *slot);
+/* dora_backward.c */
+pc_status dora_after_back(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const pc_way_back *way,
+                          pc_pool *scratch, pc_error *err);
+/* factors (out) ← magnitude / norm; norms (out) too when it is not NULL. */
+pc_status dora_factors(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, pc_pool *scratch,
+                       void **factors, void **norms, pc_error *err);
 /* weight (delta added already) ← magnitude / norm · weight. */
 pc_status dora_merge(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *module,
                      pc_dtype compute, void *weight, pc_error *err);

@@ -27,7 +27,29 @@ typedef struct pc_call {
     int64_t height, width, out_height, out_width; /* Conv2d only */
     bool training;
     pc_rng rng; /* for dropout; stream differs from call to call */
+    int64_t padding_idx; /* Embedding: ids that get no gradient; else -1 */
 } pc_call;
+
+/* A gradient that several parts add up: the first one writes it. */
+typedef struct pc_sum {
+    void *data;
+    bool filled;
+} pc_sum;
+
+/* Where the gradient of a weight goes: added up in f32 or f64; sum is NULL when it is not wanted. */
+typedef struct pc_target {
+    void *sum;
+    pc_dtype dtype;
+} pc_target;
+
+/* The way back through what one adapter did to one module's call.  Gradients are of the call's compute dtype. */
+typedef struct pc_way_back {
+    const void *x;    /* the input that the adapter saw */
+    const void *kept; /* the running result before `after`, when the method keeps it */
+    void *dy;         /* in: of the result after `after`; out: of the result before it */
+    pc_sum *dx;       /* of x, what reaches it beside the base operation; NULL when not wanted */
+    pc_target bias;   /* of the bias in effect */
+} pc_way_back;
 
 /* How a tensor is called: PEFT's name inside the module, without the adapter's. */
 typedef struct pc_role_name {
@@ -72,6 +94,15 @@ typedef struct pc_method {
     /* After it: y holds the running result and is changed in place; x is what this adapter saw. */
     pc_status (*after)(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void *x, void *y,
                        pc_pool *scratch, pc_error *err);
+
+    /* Gradients.  Does the way back through `after` need the running result from before it?  NULL: never. */
+    bool (*keeps_result)(const pc_adapter *adapter, const pc_slot *slot);
+    /* Through `after`: add to the gradients of the adapter's tensors and to way->dx, and turn way->dy. NULL: dy stays. */
+    pc_status (*after_back)(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot,
+                            const pc_way_back *way, pc_pool *scratch, pc_error *err);
+    /* Through `before`, which got x: dx, the gradient of what it gave, becomes that of x in place. NULL: dx stays. */
+    pc_status (*before_back)(const pc_call *call, const pc_adapter *adapter, const pc_slot *slot, const void *x,
+                             void *dx, pc_pool *scratch, pc_error *err);
 
     /* Fold the adapter into a weight and bias of dtype `compute` (bias may be NULL). */
     pc_status (*merge)(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *module,
@@ -152,6 +183,34 @@ pc_status pc_effective_weights(const pc_activation *activation, int32_t module_i
  * adapters cannot wrap (norms, containers) are PC_ERR_RUNTIME: their layers use
  * pc_effective_weights. */
 pc_status pc_forward(const pc_call *call, const pc_activation *activation, const void *x, void *y, pc_error *err);
+
+/* What a forward call keeps for the way back: by nested adapter, the running result before its `after`, or NULL. */
+typedef struct pc_kept {
+    pc_pool pool;
+    size_t count;
+    void **results;
+} pc_kept;
+
+/* The same, keeping in *kept what gradients need; kept->pool is to be freed in any case. */
+pc_status pc_forward_keeping(const pc_call *call, const pc_activation *activation, const void *x, void *y,
+                             pc_kept *kept, pc_error *err);
+
+/* backward.c.  Is anything trainable here: an active adapter's tensor that the call uses?  *needs_x: its gradient, or
+ * that of a weight of the module's own when own_weight, is computed from the input. */
+bool pc_learns(const pc_activation *activation, int32_t module_index, bool own_weight, bool *needs_x);
+
+/* The gradients of a call of pc_forward_keeping: dy, of its result, is used up.  Adds to the gradients of the active
+ * adapters' tensors (pc_gradients_prepare has been called for each) and to `weight` and `bias`, which are those of the
+ * module's own and go unused where an adapter's stand in.  dx NULL: not wanted.  x may be NULL when pc_learns says so. */
+pc_status pc_backward(const pc_call *call, const pc_activation *activation, const pc_kept *kept, const void *x,
+                      void *dy, pc_sum *dx, pc_target weight, pc_target bias, pc_error *err);
+
+/* Replace the targets of a module's own weight and bias by those of adapters that stand in for them: the counterpart of
+ * pc_effective_weights. */
+void pc_effective_targets(const pc_activation *activation, int32_t module_index, pc_target *weight, pc_target *bias);
+
+/* target += scale · values (n of dtype compute); nothing when it is not wanted. */
+void pc_target_add(pc_runtime *rt, pc_target target, pc_dtype compute, const void *values, int64_t n, double scale);
 
 /* The base operation of call->module (kernels). */
 pc_status pc_base_forward(const pc_call *call, const void *x, void *y, pc_pool *scratch, pc_error *err);

@@ -68,6 +68,12 @@ pc_status pc_check_lora_numbers(const pc_config *config, double alpha, double dr
     return PC_OK;
 }
 
+/* Each adapter of a layer draws on its own. */
+static void drop(const pc_call *call, const pc_adapter *adapter, double p, int64_t n, const void *x, void *y)
+{
+    pc_dropout(call->rt, call->compute, n, x, p, call->rng.seed, call->rng.stream ^ (adapter->id << 40), y);
+}
+
 pc_status pc_drop_input(const pc_call *call, const pc_adapter *adapter, double p, const void *x, pc_pool *scratch,
                         const void **out, pc_error *err)
 {
@@ -79,10 +85,15 @@ pc_status pc_drop_input(const pc_call *call, const pc_adapter *adapter, double p
     pc_status status = pc_scratch(scratch, call->compute, n, 1, &dropped, err);
     if (status != PC_OK)
         return status;
-    /* Each adapter of a layer draws on its own. */
-    pc_dropout(call->rt, call->compute, n, x, p, call->rng.seed, call->rng.stream ^ (adapter->id << 40), dropped);
+    drop(call, adapter, p, n, x, dropped);
     *out = dropped;
     return PC_OK;
+}
+
+void pc_drop_back(const pc_call *call, const pc_adapter *adapter, double p, void *dx)
+{
+    if (call->training && p > 0.0)
+        drop(call, adapter, p, pc_input_count(call), dx, dx);
 }
 
 pc_conv_shape pc_call_conv(const pc_call *call)

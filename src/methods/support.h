@@ -2,6 +2,8 @@
 #ifndef PEFTC_METHODS_SUPPORT_H
 #define PEFTC_METHODS_SUPPORT_H
 
+#include "../core/gradients.h"
+#include "../kernels/gradients.h"
 #include "../kernels/kernels.h"
 #include "methods.h"
 
@@ -28,6 +30,10 @@ void pc_base_copies_plan(const pc_base_copies *copies, const pc_module *module, 
 pc_status pc_init_generic(const pc_adapter *adapter, const pc_slot *slot, const pc_module *module, pc_error *err);
 /* build.c: the stream that a slot's draws start at; a method adds its role to it. */
 pc_rng pc_slot_rng(const pc_slot *slot, uint64_t seed);
+
+/* forward.c: the active adapters that change what the module computes, in order, to `list`, which has room for all
+ * active ones; how many. */
+size_t pc_list_nested(const pc_activation *activation, int32_t module, const pc_adapter **list);
 
 /* support.c: PC_ERR_VALUE in PEFT's words; `kinds` lists what the method can do. */
 pc_status pc_fail_kind(const pc_module *module, const char *kinds, pc_error *err);
@@ -63,6 +69,30 @@ int64_t pc_output_pixels(const pc_call *call);
 void pc_scale_output(const pc_call *call, pc_dtype dtype, const void *factors, void *y);
 /* support.c: y ← y + scale · values, one value per output feature (Conv2d: channel). */
 void pc_add_output(const pc_call *call, pc_dtype dtype, const void *values, double scale, void *y);
+
+/* gradient_support.c.  sums (out) += scale · Σ of a (⊙ b, may be NULL) over rows and pixels, one per output feature. */
+void pc_sum_output(const pc_call *call, const void *a, const void *b, double scale, void *sums);
+/* gradient_support.c: where a tensor's gradient goes. */
+pc_target pc_tensor_target(const pc_adapter *adapter, const pc_tensor *tensor);
+/* gradient_support.c: dx += values (n). */
+void pc_sum_add(pc_runtime *rt, pc_dtype compute, pc_sum *dx, const void *values, int64_t n, double scale);
+
+/* gradient_support.c: the way back through y += scale · B·diag(e)·A·x of a linear-like call, into the tensors' targets
+ * and way->dx.  dy is looked at only.  dropped is the input that the product saw, p the dropout that made it. */
+typedef struct pc_lowrank_back {
+    const pc_tensor *a, *b, *e; /* e may be NULL */
+    double scale, dropout;
+    bool frozen; /* the tensors get no gradients */
+} pc_lowrank_back;
+pc_status pc_lowrank_way_back(const pc_call *call, const pc_adapter *adapter, const pc_lowrank_back *what,
+                              const pc_way_back *way, const void *dy, pc_pool *scratch, pc_error *err);
+
+/* support.c: dx (n) through the dropout of pc_drop_input, in place. */
+void pc_drop_back(const pc_call *call, const pc_adapter *adapter, double p, void *dx);
+
+/* backward.c: the way back through the base operation; dx, weight and bias as for pc_backward. */
+pc_status pc_base_backward(const pc_call *call, const void *x, const void *dy, pc_sum *dx, pc_target weight,
+                           pc_target bias, pc_pool *scratch, pc_error *err);
 
 static inline void *pc_at(pc_dtype dtype, void *buffer, int64_t index)
 {

@@ -29,6 +29,10 @@ typedef struct peftc_state {
     PyTypeObject *arena_type;   /* keeps an arena alive under its views */
     PyTypeObject *safe_open_type;
     PyTypeObject *safe_slice_type; /* what safe_open.get_slice returns */
+    PyTypeObject *node_type;    /* peftc._core.Node */
+    PyObject *tensor_type;      /* peftc.nn.Tensor, once peftc.nn is imported */
+    PyObject *node_name;        /* "_node" */
+    uint64_t next_node;         /* sequence of recorded operations */
     uint64_t seed, next_stream; /* manual_seed; every draw takes the next stream */
     struct peftc_torch *torch;  /* what dlpack.c knows of torch once it is imported, else NULL */
 } peftc_state;
@@ -56,6 +60,8 @@ int peftc_add_config(PyObject *module, peftc_state *state);     /* adapter_confi
 int peftc_add_torch_bin(PyObject *module, peftc_state *state);  /* adapter_model.bin */
 int peftc_add_registry(PyObject *module, peftc_state *state);
 int peftc_add_layers(PyObject *module, peftc_state *state);   /* nn layer types */
+int peftc_add_tape(PyObject *module, peftc_state *state);     /* gradients */
+int peftc_add_optimizers(PyObject *module, peftc_state *state);
 int peftc_add_functional(PyObject *module, peftc_state *state);
 int peftc_add_adalora(PyObject *module, peftc_state *state);  /* AdaLora's importance and budget */
 int peftc_add_torch(PyObject *module, peftc_state *state);    /* kernels on torch tensors */

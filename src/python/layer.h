@@ -17,6 +17,7 @@ typedef struct peftc_module_object {
     PyObject *registry; /* the AdapterRegistry that the model is bound to, or NULL */
     int32_t index;      /* in its module table */
     char training;
+    PyObject *outputs; /* after an outermost call: the nodes of its results (tape.h), or None when it recorded nothing */
 } peftc_module_object;
 
 /* peftc._core.Layer: a module with a weight.  `core` holds kind, dims, dtype and the current buffers;

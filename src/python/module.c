@@ -113,7 +113,8 @@ static int exec_module(PyObject *module)
         return -1;
     if (peftc_add_safetensors(module, state) < 0 || peftc_add_config(module, state) < 0 ||
         peftc_add_torch_bin(module, state) < 0 || peftc_add_registry(module, state) < 0 || peftc_add_layers(module, state) < 0 ||
-        peftc_add_functional(module, state) < 0 || peftc_add_adalora(module, state) < 0 ||
+        peftc_add_functional(module, state) < 0 || peftc_add_tape(module, state) < 0 ||
+        peftc_add_optimizers(module, state) < 0 || peftc_add_adalora(module, state) < 0 ||
         peftc_add_torch(module, state) < 0 ||
         peftc_add_torch_modules(module, state) < 0)
         return -1;
@@ -130,6 +131,8 @@ static int traverse_module(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->layer_type);
     Py_VISIT(state->parameter_type);
     Py_VISIT(state->arena_type);
+    Py_VISIT(state->node_type);
+    Py_VISIT(state->tensor_type);
     Py_VISIT(state->safe_open_type);
     Py_VISIT(state->safe_slice_type);
     return peftc_visit_torch(state, visit, arg);
@@ -145,6 +148,9 @@ static int clear_module(PyObject *module)
     Py_CLEAR(state->layer_type);
     Py_CLEAR(state->parameter_type);
     Py_CLEAR(state->arena_type);
+    Py_CLEAR(state->node_type);
+    Py_CLEAR(state->tensor_type);
+    Py_CLEAR(state->node_name);
     Py_CLEAR(state->safe_open_type);
     Py_CLEAR(state->safe_slice_type);
     peftc_forget_torch(state);

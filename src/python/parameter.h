@@ -4,6 +4,7 @@
 
 #include "binding.h"
 
+#include "../core/adapter.h"
 #include "../core/dtype.h"
 #include "../core/rng.h"
 
@@ -30,6 +31,8 @@ typedef struct peftc_parameter_object {
     npy_intp shape[4];
     peftc_fill fill;
     char requires_grad;
+    pc_adapter *adapter; /* retained: the parameter is one of its tensors, whose gradient is there; or NULL */
+    int32_t tensor;
 } peftc_parameter_object;
 
 /* A new parameter whose values are drawn later; NULL with an exception. */
@@ -43,6 +46,18 @@ PyArrayObject *peftc_parameter_storage(peftc_parameter_object *self);
 PyObject *peftc_parameter_array(peftc_parameter_object *self);
 /* Its shape; the array is valid until the next assignment. */
 const npy_intp *peftc_parameter_shape(const peftc_parameter_object *self, int *ndim);
+
+struct pc_target;
+
+/* py_parameter_gradient.c.  Where a backward pass adds to the gradient (zeros at first); -1 with an exception. */
+
+int peftc_parameter_sum(peftc_parameter_object *self, struct pc_target *target);
+/* The gradient as it is: *values NULL when there is none; -1 with an exception.  Valid while the GIL is held. */
+int peftc_parameter_gradient(peftc_parameter_object *self, void **values, pc_dtype *dtype);
+/* p.grad (new reference), p.grad = value. */
+PyObject *peftc_parameter_get_grad(PyObject *op, void *unused);
+int peftc_parameter_set_grad(PyObject *op, PyObject *value, void *unused);
+PyObject *peftc_parameter_attach(PyObject *op, PyObject *args);
 
 /* Is it a Parameter or of a subclass? (Without the module's state; a subclass may have its own methods.) */
 bool peftc_is_parameter(PyObject *object);

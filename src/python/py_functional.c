@@ -9,6 +9,7 @@
 
 #include "../kernels/kernels.h"
 #include "arrays.h"
+#include "functional_tape.h"
 
 /* Below this many elements a call takes less time than giving up the GIL is worth. */
 #define WORTH_RELEASING 4096
@@ -37,28 +38,43 @@ int peftc_activation_from_name(PyObject *name, pc_activation_fn *out)
 typedef struct operand {
     PyArrayObject *array; /* contiguous, of the compute dtype */
     pc_dtype in, compute;
+    peftc_node *node; /* NULL when nothing is recorded of it */
 } operand;
 
 static int typenum_of(pc_dtype compute) { return compute == PC_F64 ? NPY_FLOAT64 : NPY_FLOAT32; }
 
 /* Any float array-like; `least` is the compute dtype that another operand asks for. */
-static int take(PyObject *obj, const char *what, pc_dtype least, operand *out)
+static int take(peftc_state *state, PyObject *obj, const char *what, pc_dtype least, operand *out)
 {
-    PyArrayObject *array = peftc_native_array(obj, 0);
-    if (array == NULL)
+    out->node = NULL;
+    if (peftc_gradients_on() && peftc_input_node(state, obj, &out->node) < 0)
         return -1;
+    PyArrayObject *array = peftc_native_array(obj, 0);
+    if (array == NULL) {
+        Py_CLEAR(out->node);
+        return -1;
+    }
     out->in = peftc_dtype_of(PyArray_DESCR(array));
     if (!pc_dtype_get(out->in)->is_float) {
         PyErr_Format(PyExc_TypeError, "%s must be an array of float32, float64, float16 or bfloat16, not of %S", what,
                      (PyObject *)PyArray_DESCR(array));
         Py_DECREF(array);
+        Py_CLEAR(out->node);
         return -1;
     }
     out->compute = least == PC_F64 ? PC_F64 : pc_compute_dtype(out->in);
     out->array = (PyArrayObject *)PyArray_FromArray(array, PyArray_DescrFromType(typenum_of(out->compute)),
                                                     NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
     Py_DECREF(array);
+    if (out->array == NULL)
+        Py_CLEAR(out->node);
     return out->array != NULL ? 0 : -1;
+}
+
+static void drop_operand(operand *x)
+{
+    Py_CLEAR(x->array);
+    Py_CLEAR(x->node);
 }
 
 static PyArrayObject *new_like(const operand *x)
@@ -83,7 +99,7 @@ static PyObject *activate(PyObject *module, PyObject *obj, pc_activation_fn act)
 {
     peftc_state *state = peftc_get_state(module);
     operand x;
-    if (take(obj, "the input", PC_F32, &x) < 0)
+    if (take(state, obj, "the input", PC_F32, &x) < 0)
         return NULL;
     PyArrayObject *y = new_like(&x);
     if (y != NULL) {
@@ -95,8 +111,12 @@ static PyObject *activate(PyObject *module, PyObject *obj, pc_activation_fn act)
         if (saved != NULL)
             PyEval_RestoreThread(saved);
     }
+    PyArrayObject *kept = (PyArrayObject *)Py_XNewRef(pc_activation_saves_output(act) ? y : x.array);
     PyObject *result = give(state, &x, y);
-    Py_DECREF(x.array);
+    if (x.node != NULL)
+        result = peftc_record_activation(state, x.node, x.compute, act, kept, result);
+    Py_XDECREF(kept);
+    drop_operand(&x);
     return result;
 }
 
@@ -110,7 +130,7 @@ static PyObject *f_softmax(PyObject *module, PyObject *obj)
 {
     peftc_state *state = peftc_get_state(module);
     operand x;
-    if (take(obj, "the input", PC_F32, &x) < 0)
+    if (take(state, obj, "the input", PC_F32, &x) < 0)
         return NULL;
     int ndim = PyArray_NDIM(x.array);
     PyArrayObject *y = NULL;
@@ -127,8 +147,12 @@ static PyObject *f_softmax(PyObject *module, PyObject *obj)
         if (saved != NULL)
             PyEval_RestoreThread(saved);
     }
+    PyArrayObject *kept = (PyArrayObject *)Py_XNewRef(y);
     PyObject *result = give(state, &x, y);
-    Py_DECREF(x.array);
+    if (x.node != NULL)
+        result = peftc_record_softmax(state, x.node, x.compute, kept, result);
+    Py_XDECREF(kept);
+    drop_operand(&x);
     return result;
 }
 
@@ -142,11 +166,11 @@ static PyObject *f_dropout(PyObject *module, PyObject *args)
     if (!(p >= 0.0 && p <= 1.0))
         return PyErr_Format(PyExc_ValueError, "dropout: p must be between 0 and 1, got %R", PyTuple_GET_ITEM(args, 1));
     operand x;
-    if (take(obj, "the input", PC_F32, &x) < 0)
+    if (take(state, obj, "the input", PC_F32, &x) < 0)
         return NULL;
     PyArrayObject *y = new_like(&x);
+    pc_rng rng = peftc_next_rng(state);
     if (y != NULL) {
-        pc_rng rng = peftc_next_rng(state);
         const void *src = PyArray_DATA(x.array);
         void *dst = PyArray_DATA(y);
         int64_t n = PyArray_SIZE(y);
@@ -158,18 +182,23 @@ static PyObject *f_dropout(PyObject *module, PyObject *args)
         Py_END_ALLOW_THREADS
     }
     PyObject *result = give(state, &x, y);
-    Py_DECREF(x.array);
+    if (x.node != NULL)
+        result = peftc_record_dropout(state, x.node, x.compute, p, rng, result);
+    drop_operand(&x);
     return result;
 }
 
 /* ------------------------------------------------- with weights given as arrays */
 
 /* An optional vector of `n` elements in the compute dtype; 0, or -1 with an exception. */
-static int take_vector(PyObject *obj, const char *what, int64_t n, pc_dtype compute, PyArrayObject **out)
+static int take_vector(peftc_state *state, PyObject *obj, const char *what, int64_t n, pc_dtype compute,
+                       PyArrayObject **out, peftc_node **node)
 {
     *out = NULL;
     if (obj == Py_None)
         return 0;
+    if (peftc_gradients_on() && peftc_input_node(state, obj, node) < 0)
+        return -1;
     *out = (PyArrayObject *)PyArray_FROM_OTF(obj, typenum_of(compute), NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
     if (*out == NULL)
         return -1;
@@ -190,19 +219,22 @@ static PyObject *f_layer_norm(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOdO:layer_norm", &obj, &weight_obj, &bias_obj, &eps, &residual_obj))
         return NULL;
     operand x, residual = {0};
-    if (take(obj, "the input", PC_F32, &x) < 0)
+    if (take(state, obj, "the input", PC_F32, &x) < 0)
         return NULL;
-    PyArrayObject *weight = NULL, *bias = NULL, *y = NULL;
+    PyArrayObject *weight = NULL, *bias = NULL, *y = NULL, *sum = NULL;
+    peftc_node *parents[4] = {x.node}; /* x, residual, weight, bias */
     int ndim = PyArray_NDIM(x.array);
     if (ndim == 0) {
         PyErr_SetString(PyExc_ValueError, "layer_norm needs an axis to go over, and the input has none");
         goto done;
     }
     int64_t width = PyArray_DIM(x.array, ndim - 1), rows = PyArray_MultiplyList(PyArray_DIMS(x.array), ndim - 1);
-    if (take_vector(weight_obj, "the weight", width, x.compute, &weight) < 0 ||
-        take_vector(bias_obj, "the bias", width, x.compute, &bias) < 0)
+    if (take_vector(state, weight_obj, "the weight", width, x.compute, &weight, &parents[2]) < 0 ||
+        take_vector(state, bias_obj, "the bias", width, x.compute, &bias, &parents[3]) < 0)
         goto done;
     if (residual_obj != Py_None) {
+        if (peftc_gradients_on() && peftc_input_node(state, residual_obj, &parents[1]) < 0)
+            goto done;
         residual.array = (PyArrayObject *)PyArray_FROM_OTF(residual_obj, typenum_of(x.compute),
                                                            NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
         if (residual.array == NULL)
@@ -212,19 +244,34 @@ static PyObject *f_layer_norm(PyObject *module, PyObject *args)
             goto done;
         }
     }
+    const bool records = parents[0] != NULL || parents[1] != NULL || parents[2] != NULL || parents[3] != NULL;
     y = new_like(&x);
+    if (y != NULL && records && (sum = residual.array != NULL ? new_like(&x) : (PyArrayObject *)Py_NewRef(x.array)) == NULL)
+        Py_CLEAR(y);
     if (y != NULL) {
+        const void *in = PyArray_DATA(x.array), *added = data_of(residual.array);
         Py_BEGIN_ALLOW_THREADS
-        pc_layer_norm(state->rt, x.compute, rows, width, PyArray_DATA(x.array), data_of(residual.array), x.compute,
-                      data_of(weight), data_of(bias), eps, PyArray_DATA(y));
+        if (sum != NULL && added != NULL) {
+            memcpy(PyArray_DATA(sum), in, (size_t)(rows * width) * pc_dtype_size(x.compute));
+            pc_add(state->rt, x.compute, rows * width, added, 1.0, PyArray_DATA(sum));
+            in = PyArray_DATA(sum);
+            added = NULL;
+        }
+        pc_layer_norm(state->rt, x.compute, rows, width, in, added, x.compute, data_of(weight), data_of(bias), eps,
+                      PyArray_DATA(y));
         Py_END_ALLOW_THREADS
     }
-done:
+done:;
+    PyObject *result = give(state, &x, y);
+    if (result != NULL && sum != NULL)
+        result = peftc_record_layer_norm(state, parents, x.compute, eps, sum, weight, result);
+    for (int i = 1; i < 4; i++)
+        Py_XDECREF((PyObject *)parents[i]);
+    Py_XDECREF(sum);
     Py_XDECREF(residual.array);
     Py_XDECREF(weight);
     Py_XDECREF(bias);
-    PyObject *result = give(state, &x, y);
-    Py_DECREF(x.array);
+    drop_operand(&x);
     return result;
 }
 
@@ -235,10 +282,11 @@ static PyObject *f_linear(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOO:linear", &obj, &weight_obj, &bias_obj))
         return NULL;
     operand x = {0}, weight;
-    if (take(weight_obj, "the weight", PC_F32, &weight) < 0)
+    if (take(state, weight_obj, "the weight", PC_F32, &weight) < 0)
         return NULL;
     PyArrayObject *bias = NULL, *y = NULL;
-    if (take(obj, "the input", weight.compute, &x) < 0)
+    peftc_node *bias_node = NULL;
+    if (take(state, obj, "the input", weight.compute, &x) < 0)
         goto done;
     if (x.compute != weight.compute) { /* a float64 input over a narrower weight */
         PyArrayObject *wide = (PyArrayObject *)PyArray_Cast(weight.array, NPY_FLOAT64);
@@ -254,7 +302,7 @@ static PyObject *f_linear(PyObject *module, PyObject *args)
     }
     int64_t out = PyArray_DIM(weight.array, 0), in = PyArray_DIM(weight.array, 1);
     int64_t rows = PyArray_MultiplyList(PyArray_DIMS(x.array), ndim - 1);
-    if (take_vector(bias_obj, "the bias", out, x.compute, &bias) < 0)
+    if (take_vector(state, bias_obj, "the bias", out, x.compute, &bias, &bias_node) < 0)
         goto done;
     npy_intp shape[NPY_MAXDIMS];
     memcpy(shape, PyArray_DIMS(x.array), (size_t)ndim * sizeof *shape);
@@ -272,11 +320,16 @@ static PyObject *f_linear(PyObject *module, PyObject *args)
             Py_CLEAR(y);
         }
     }
-done:
-    Py_DECREF(weight.array);
-    Py_XDECREF(bias);
+done:;
     PyObject *result = x.array != NULL ? give(state, &x, y) : NULL;
-    Py_XDECREF(x.array);
+    if (result != NULL && (x.node != NULL || weight.node != NULL || bias_node != NULL)) {
+        peftc_node *const parents[3] = {x.node, weight.node, bias_node};
+        result = peftc_record_linear(state, parents, x.compute, x.array, weight.array, result);
+    }
+    Py_XDECREF((PyObject *)bias_node);
+    Py_XDECREF(bias);
+    drop_operand(&weight);
+    drop_operand(&x);
     return result;
 }
 
@@ -306,12 +359,17 @@ static PyObject *f_attention(PyObject *module, PyObject *args)
     peftc_state *state = peftc_get_state(module);
     PyObject *q_obj, *k_obj, *v_obj, *mask_obj, *scale_obj;
     Py_ssize_t heads;
-    if (!PyArg_ParseTuple(args, "OOOnOO:attention", &q_obj, &k_obj, &v_obj, &heads, &mask_obj, &scale_obj))
+    double dropout = 0.0;
+    if (!PyArg_ParseTuple(args, "OOOnOO|d:attention", &q_obj, &k_obj, &v_obj, &heads, &mask_obj, &scale_obj, &dropout))
         return NULL;
+    if (!(dropout >= 0.0 && dropout <= 1.0))
+        return PyErr_Format(PyExc_ValueError, "attention: dropout must be between 0 and 1, got %R",
+                            PyTuple_GET_ITEM(args, 6));
+    pc_attention_shape shape = {0};
     operand q = {0}, k = {0}, v = {0};
     PyArrayObject *mask = NULL, *y = NULL;
-    if (take(q_obj, "q", PC_F32, &q) < 0 || take(k_obj, "k", q.compute, &k) < 0 ||
-        take(v_obj, "v", q.compute, &v) < 0)
+    if (take(state, q_obj, "q", PC_F32, &q) < 0 || take(state, k_obj, "k", q.compute, &k) < 0 ||
+        take(state, v_obj, "v", q.compute, &v) < 0)
         goto done;
     if (k.compute != q.compute || v.compute != q.compute) {
         PyErr_SetString(PyExc_TypeError, "attention: q, k and v must have one dtype");
@@ -337,23 +395,31 @@ static PyObject *f_attention(PyObject *module, PyObject *args)
     if (y != NULL) {
         pc_error err;
         pc_status status;
-        int64_t batch = qd[0], tq = qd[1], tk = kd[1];
+        shape = (pc_attention_shape){.batch = qd[0], .heads = heads, .tq = qd[1], .tk = kd[1], .dim = dim};
+        shape.scale = scale;
+        shape.dropout = dropout;
+        if (dropout > 0.0)
+            shape.rng = peftc_next_rng(state);
         Py_BEGIN_ALLOW_THREADS
-        status = pc_attention(state->rt, q.compute, batch, heads, tq, tk, dim, PyArray_DATA(q.array),
-                              PyArray_DATA(k.array), PyArray_DATA(v.array), data_of(mask), scale, PyArray_DATA(y),
-                              &err);
+        status = pc_attention_train(state->rt, q.compute, &shape, PyArray_DATA(q.array), PyArray_DATA(k.array),
+                                    PyArray_DATA(v.array), data_of(mask), PyArray_DATA(y), &err);
         Py_END_ALLOW_THREADS
         if (status != PC_OK) {
             peftc_raise(state, &err);
             Py_CLEAR(y);
         }
     }
-done:
-    Py_XDECREF(k.array);
-    Py_XDECREF(v.array);
-    Py_XDECREF(mask);
+done:;
     PyObject *result = q.array != NULL ? give(state, &q, y) : NULL;
-    Py_XDECREF(q.array);
+    if (result != NULL && (q.node != NULL || k.node != NULL || v.node != NULL)) {
+        peftc_node *const parents[3] = {q.node, k.node, v.node};
+        PyArrayObject *const arrays[4] = {q.array, k.array, v.array, mask};
+        result = peftc_record_attention(state, parents, q.compute, &shape, arrays, result);
+    }
+    Py_XDECREF(mask);
+    drop_operand(&q);
+    drop_operand(&k);
+    drop_operand(&v);
     return result;
 }
 
@@ -369,7 +435,7 @@ static PyMethodDef functions[] = {
     {"dropout", f_dropout, METH_VARARGS, SIGNATURE("dropout(x, p, /)")},
     {"layer_norm", f_layer_norm, METH_VARARGS, SIGNATURE("layer_norm(x, weight, bias, eps, residual, /)")},
     {"linear", f_linear, METH_VARARGS, SIGNATURE("linear(x, weight, bias, /)")},
-    {"attention", f_attention, METH_VARARGS, SIGNATURE("attention(q, k, v, num_heads, mask, scale, /)")},
+    {"attention", f_attention, METH_VARARGS, SIGNATURE("attention(q, k, v, num_heads, mask, scale, dropout=0.0, /)")},
     {NULL, NULL, 0, NULL},
 };
 

@@ -8,23 +8,14 @@
 #include "../kernels/kernels.h"
 #include "../methods/methods.h"
 #include "arrays.h"
+#include "layer_call.h"
 
 /* Below this many multiply-adds a call takes less time than giving up the GIL is worth. */
 #define WORTH_RELEASING 16384
 
 static peftc_layer_object *cast(PyObject *op) { return (peftc_layer_object *)op; }
 
-/* One forward call: everything it needs, held for as long as the GIL may be gone. */
-typedef struct running {
-    peftc_state *state;
-    peftc_scope scope;
-    pc_activation *activation; /* NULL for a layer that is not bound */
-    pc_module module;          /* a copy with the weights in effect: others may assign new ones meanwhile */
-    PyObject *registry, *weight_owner, *bias_owner;
-    PyArrayObject *x; /* contiguous, of dtype `compute` */
-    pc_dtype in, compute, out;
-    pc_call call;
-} running;
+typedef peftc_layer_call running;
 
 static PyObject *finish(running *r, PyObject *result);
 
@@ -32,7 +23,8 @@ static PyObject *finish(running *r, PyObject *result);
  * inheriting from two layer types or by a new __class__. */
 static int begin(running *r, peftc_layer_object *layer, unsigned kinds)
 {
-    *r = (running){0};
+    *r = (running){.layer = layer, .call.padding_idx = -1};
+    pc_pool_init_scratch(&r->kept.pool);
     r->state = peftc_state_of_type(Py_TYPE(layer));
     if (r->state == NULL || peftc_layer_sync(layer) < 0)
         return -1;
@@ -55,8 +47,13 @@ static int begin(running *r, peftc_layer_object *layer, unsigned kinds)
     if (r->call.training && r->activation != NULL && r->activation->count != 0)
         r->call.rng = peftc_next_rng(r->state);
     pc_error err;
+    pc_module own = r->module;
     if (pc_effective_weights(r->activation, r->call.module_index, &r->module, &err) != PC_OK) {
         peftc_raise(r->state, &err);
+        finish(r, NULL);
+        return -1;
+    }
+    if (peftc_recording() && peftc_record_begin(r, &own) < 0) {
         finish(r, NULL);
         return -1;
     }
@@ -67,6 +64,9 @@ static int begin(running *r, peftc_layer_object *layer, unsigned kinds)
 static PyObject *finish(running *r, PyObject *result)
 {
     peftc_scope_leave(&r->scope);
+    pc_pool_free(&r->kept.pool);
+    Py_XDECREF((PyObject *)r->input);
+    Py_XDECREF((PyObject *)r->residual);
     Py_XDECREF(r->x);
     Py_XDECREF(r->registry);
     Py_XDECREF(r->weight_owner);
@@ -78,6 +78,8 @@ static PyObject *finish(running *r, PyObject *result)
 static int take_input(running *r, PyObject *obj)
 {
     pc_dtype wanted = pc_compute_dtype(r->module.dtype);
+    if (peftc_recording() && peftc_input_node(r->state, obj, &r->input) < 0)
+        return -1;
     PyArrayObject *array;
     bool given = PyArray_Check(obj);
     if (given) {
@@ -172,7 +174,7 @@ static bool is_adapted(const pc_activation *activation, int32_t index)
 static pc_status run(running *r, const void *x, void *y, pc_error *err)
 {
     if (r->activation != NULL)
-        return pc_forward(&r->call, r->activation, x, y, err);
+        return pc_forward_keeping(&r->call, r->activation, x, y, r->learns ? &r->kept : NULL, err);
     pc_pool scratch;
     pc_pool_init(&scratch);
     pc_status status = pc_base_forward(&r->call, x, y, &scratch, err);
@@ -188,7 +190,7 @@ static pc_status run_linear(running *r, pc_activation_fn act, const void *x, voi
     const int64_t in = r->module.in_features, out = r->module.out_features;
     if (act == PC_ACT_NONE)
         return run(r, x, y, err);
-    if (is_adapted(r->activation, r->call.module_index)) {
+    if (r->learns || is_adapted(r->activation, r->call.module_index)) {
         pc_status status = run(r, x, y, err);
         if (status == PC_OK)
             pc_activate(r->call.rt, r->compute, act, r->call.rows * out, y, y);
@@ -207,28 +209,38 @@ static PyObject *linear(PyObject *op, PyObject *x_obj, pc_activation_fn act)
     if (begin(&r, cast(op), 1u << PC_LINEAR | 1u << PC_CONV1D) < 0)
         return NULL;
     const int64_t in = r.module.in_features, out = r.module.out_features;
-    PyArrayObject *y = NULL;
+    PyArrayObject *y = NULL, *z = NULL;
     if (take_input(&r, x_obj) < 0 || (r.call.rows = count_rows(&r, in)) < 0)
         return finish(&r, NULL);
+    const bool records = peftc_records(&r);
     npy_intp shape[NPY_MAXDIMS];
     int ndim = PyArray_NDIM(r.x);
     memcpy(shape, PyArray_DIMS(r.x), (size_t)ndim * sizeof *shape);
     shape[ndim - 1] = (npy_intp)out;
+    /* The way back through some activations starts from their input. */
+    const bool keeps_input = records && act != PC_ACT_NONE && !pc_activation_saves_output(act);
     y = new_result(&r, ndim, shape);
+    if (y != NULL && keeps_input && (z = new_result(&r, ndim, shape)) == NULL)
+        Py_CLEAR(y);
     if (y == NULL)
         return finish(&r, NULL);
     pc_error err;
     const void *x = PyArray_DATA(r.x);
-    void *data = PyArray_DATA(y);
+    void *data = PyArray_DATA(y), *before = z != NULL ? PyArray_DATA(z) : NULL;
     PyThreadState *saved = (double)r.call.rows * (double)in * (double)out >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
-    pc_status status = run_linear(&r, act, x, data, &err);
+    pc_status status = run_linear(&r, keeps_input ? PC_ACT_NONE : act, x, keeps_input ? before : data, &err);
+    if (status == PC_OK && keeps_input)
+        pc_activate(r.call.rt, r.compute, act, r.call.rows * out, before, data);
     if (saved != NULL)
         PyEval_RestoreThread(saved);
     if (status != PC_OK) {
         Py_DECREF(y);
+        Py_XDECREF(z);
         return finish(&r, peftc_raise(r.state, &err));
     }
-    return finish(&r, give_result(&r, y));
+    PyObject *result = records ? peftc_record_layer(&r, act, y, z, give_result(&r, y)) : give_result(&r, y);
+    Py_XDECREF(z);
+    return finish(&r, result);
 }
 
 PyObject *peftc_linear_forward(PyObject *op, PyObject *x) { return linear(op, x, PC_ACT_NONE); }
@@ -272,18 +284,34 @@ PyObject *peftc_norm_forward(PyObject *op, PyObject *const *args, Py_ssize_t nar
     const int64_t width = r.module.out_features;
     if (take_input(&r, args[0]) < 0 || (r.call.rows = count_rows(&r, width)) < 0)
         return finish(&r, NULL);
-    PyArrayObject *residual = NULL;
-    if (nargs == 2 && args[1] != Py_None && (residual = take_residual(&r, args[1])) == NULL)
-        return finish(&r, NULL);
+    PyArrayObject *residual = NULL, *sum = NULL;
+    if (nargs == 2 && args[1] != Py_None) {
+        if ((peftc_recording() && peftc_input_node(r.state, args[1], &r.residual) < 0) ||
+            (residual = take_residual(&r, args[1])) == NULL)
+            return finish(&r, NULL);
+    }
+    const bool records = peftc_records(&r);
     PyArrayObject *y = new_result(&r, PyArray_NDIM(r.x), PyArray_DIMS(r.x));
+    if (y != NULL && records && residual != NULL) { /* what is normalised is needed for the way back */
+        sum = new_result(&r, PyArray_NDIM(r.x), PyArray_DIMS(r.x));
+        if (sum == NULL)
+            Py_CLEAR(y);
+    }
     if (y == NULL) {
         Py_XDECREF(residual);
         return finish(&r, NULL);
     }
+    void *sum_data = sum != NULL ? PyArray_DATA(sum) : NULL;
     const void *x = PyArray_DATA(r.x), *added = residual != NULL ? PyArray_DATA(residual) : NULL;
     void *data = PyArray_DATA(y);
     const double eps = effective_eps(&r, cast(op)->eps);
     PyThreadState *saved = r.call.rows * width >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
+    if (sum_data != NULL) {
+        memcpy(sum_data, x, (size_t)(r.call.rows * width) * pc_dtype_size(r.compute));
+        pc_add(r.call.rt, r.compute, r.call.rows * width, added, 1.0, sum_data);
+        x = sum_data;
+        added = NULL;
+    }
     if (r.module.kind == PC_LAYERNORM) {
         pc_layer_norm(r.call.rt, r.compute, r.call.rows, width, x, added, r.module.dtype, r.module.weight,
                       r.module.bias, eps, data);
@@ -298,7 +326,15 @@ PyObject *peftc_norm_forward(PyObject *op, PyObject *const *args, Py_ssize_t nar
     if (saved != NULL)
         PyEval_RestoreThread(saved);
     Py_XDECREF(residual);
-    return finish(&r, give_result(&r, y));
+    PyObject *result = give_result(&r, y);
+    if (records) {
+        if (sum != NULL)
+            Py_SETREF(r.x, (PyArrayObject *)Py_NewRef(sum));
+        r.eps = eps;
+        result = peftc_record_layer(&r, PC_ACT_NONE, NULL, NULL, result);
+    }
+    Py_XDECREF(sum);
+    return finish(&r, result);
 }
 
 /* ---------------------------------------------------------------- convolution */
@@ -362,6 +398,8 @@ PyObject *peftc_conv2d_forward(PyObject *op, PyObject *x_obj)
         Py_DECREF(y);
         return finish(&r, peftc_raise(r.state, &err));
     }
+    if (peftc_records(&r))
+        return finish(&r, peftc_record_layer(&r, PC_ACT_NONE, NULL, NULL, give_result(&r, y)));
     return finish(&r, give_result(&r, y));
 }
 
@@ -406,6 +444,7 @@ PyObject *peftc_embedding_forward(PyObject *op, PyObject *ids_obj)
         return NULL;
     const int64_t dim = r.module.out_features;
     r.compute = r.in = r.out = r.call.compute = pc_compute_dtype(r.module.dtype);
+    r.call.padding_idx = cast(op)->padding_idx;
     r.x = take_ids(&r, ids_obj);
     if (r.x == NULL)
         return finish(&r, NULL);
@@ -433,5 +472,7 @@ PyObject *peftc_embedding_forward(PyObject *op, PyObject *ids_obj)
         Py_DECREF(y);
         return finish(&r, peftc_raise(r.state, &err));
     }
+    if (peftc_records(&r))
+        return finish(&r, peftc_record_layer(&r, PC_ACT_NONE, NULL, NULL, give_result(&r, y)));
     return finish(&r, give_result(&r, y));
 }

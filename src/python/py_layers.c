@@ -35,6 +35,7 @@ static int layer_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(cast(op)->base.dict);
     Py_VISIT(cast(op)->base.registry);
+    Py_VISIT(cast(op)->base.outputs);
     Py_VISIT(cast(op)->weight);
     Py_VISIT(cast(op)->bias);
     Py_VISIT(cast(op)->weight_owner);
@@ -47,6 +48,7 @@ static int layer_clear(PyObject *op)
     peftc_layer_object *self = cast(op);
     Py_CLEAR(self->base.dict);
     Py_CLEAR(self->base.registry);
+    Py_CLEAR(self->base.outputs);
     Py_CLEAR(self->weight);
     Py_CLEAR(self->bias);
     self->core.weight = NULL;

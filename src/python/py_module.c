@@ -8,6 +8,8 @@
 
 #include <structmember.h>
 
+#include "tape.h"
+
 static peftc_module_object *cast(PyObject *op) { return (peftc_module_object *)op; }
 
 static PyObject *module_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -33,6 +35,7 @@ static int module_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(cast(op)->dict);
     Py_VISIT(cast(op)->registry);
+    Py_VISIT(cast(op)->outputs);
     return 0;
 }
 
@@ -40,6 +43,7 @@ static int module_clear(PyObject *op)
 {
     Py_CLEAR(cast(op)->dict);
     Py_CLEAR(cast(op)->registry);
+    Py_CLEAR(cast(op)->outputs);
     return 0;
 }
 
@@ -64,18 +68,34 @@ static PyObject *call_forward(PyObject *op, PyObject *args, PyObject *kwargs)
     return result;
 }
 
+/* Note what the gradient of an outermost call's result can start from; NULL when that fails. */
+static PyObject *note_outputs(PyObject *op, bool recording, PyObject *result)
+{
+    peftc_state *state = peftc_state_of_type(Py_TYPE(op));
+    PyObject *nodes = state != NULL && result != NULL && recording ? peftc_result_nodes(state, result) : NULL;
+    if (result != NULL && recording && nodes == NULL)
+        Py_CLEAR(result);
+    if (result != NULL && nodes == NULL)
+        nodes = Py_NewRef(Py_None);
+    Py_XSETREF(cast(op)->outputs, nodes);
+    return result;
+}
+
 static PyObject *module_call(PyObject *op, PyObject *args, PyObject *kwargs)
 {
-    PyObject *registry = cast(op)->registry;
-    if (registry == NULL)
-        return call_forward(op, args, kwargs);
-    Py_INCREF(registry); /* another thread may bind the module anew meanwhile */
+    PyObject *registry = Py_XNewRef(cast(op)->registry); /* another thread may bind the module anew meanwhile */
+    const peftc_tape_scope tape = peftc_tape_enter(cast(op)->training != 0);
+    if (tape.outermost)
+        Py_CLEAR(cast(op)->outputs); /* what an earlier call saved, if nobody took its gradient */
     peftc_scope scope;
-    peftc_scope_enter(&scope, registry);
+    if (registry != NULL)
+        peftc_scope_enter(&scope, registry);
     PyObject *result = call_forward(op, args, kwargs);
-    peftc_scope_leave(&scope);
-    Py_DECREF(registry);
-    return result;
+    if (registry != NULL)
+        peftc_scope_leave(&scope);
+    peftc_tape_leave(tape);
+    Py_XDECREF(registry);
+    return tape.outermost ? note_outputs(op, tape.recording, result) : result;
 }
 
 static PyObject *module_forward(PyObject *op, PyObject *args, PyObject *kwargs)
@@ -109,6 +129,13 @@ static PyObject *module_get_registry(PyObject *op, void *unused)
     (void)unused;
     PyObject *registry = cast(op)->registry;
     return Py_NewRef(registry != NULL ? registry : Py_None);
+}
+
+static PyObject *module_get_outputs(PyObject *op, void *unused)
+{
+    (void)unused;
+    PyObject *outputs = cast(op)->outputs;
+    return outputs != NULL ? Py_NewRef(outputs) : PyLong_FromLong(0);
 }
 
 static PyObject *module_get_bound_name(PyObject *op, void *unused)
@@ -149,6 +176,8 @@ static PyMethodDef module_methods[] = {
 static PyGetSetDef module_getset[] = {
     {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, NULL, NULL},
     {"registry", module_get_registry, NULL, "The AdapterRegistry of the model this belongs to, or None.", NULL},
+    {"_outputs", module_get_outputs, NULL,
+     "After a call: the nodes of its results, None when it recorded nothing; 0 when there was no call.", NULL},
     {"_bound_name", module_get_bound_name, NULL, "The dotted name in that model, or None.", NULL},
     {"training", module_get_training, module_set_training, "Whether dropout is applied; train() and eval() set it.",
      NULL},

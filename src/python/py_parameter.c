@@ -446,6 +446,7 @@ static void parameter_dealloc(PyObject *op)
     if (cast(op)->weakrefs != NULL)
         PyObject_ClearWeakRefs(op);
     parameter_clear(op);
+    pc_adapter_release(cast(op)->adapter);
     type->tp_free(op);
     Py_DECREF(type);
 }
@@ -466,35 +467,6 @@ static int parameter_set_data(PyObject *op, PyObject *value, void *unused)
         return -1;
     }
     return peftc_parameter_assign(cast(op), value, "the parameter");
-}
-
-static PyObject *parameter_get_grad(PyObject *op, void *unused)
-{
-    (void)unused;
-    PyObject *grad = cast(op)->grad;
-    return Py_NewRef(grad != NULL ? grad : Py_None);
-}
-
-static int parameter_set_grad(PyObject *op, PyObject *value, void *unused)
-{
-    (void)unused;
-    peftc_parameter_object *self = cast(op);
-    if (value == NULL || value == Py_None) {
-        Py_CLEAR(self->grad);
-        return 0;
-    }
-    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OF(value, NPY_ARRAY_ENSUREARRAY);
-    if (array == NULL)
-        return -1;
-    int ndim;
-    const npy_intp *shape = peftc_parameter_shape(self, &ndim);
-    if (ndim != PyArray_NDIM(array) || !PyArray_CompareLists(shape, PyArray_DIMS(array), ndim)) {
-        PyErr_SetString(PyExc_ValueError, "a gradient has the shape of its parameter");
-        Py_DECREF(array);
-        return -1;
-    }
-    Py_XSETREF(self->grad, (PyObject *)array);
-    return 0;
 }
 
 static PyObject *parameter_get_requires_grad(PyObject *op, void *unused)
@@ -595,6 +567,8 @@ static PyMethodDef parameter_methods[] = {
     {"_convert", parameter_convert, METH_O, convert_doc},
     {"_share", parameter_share, METH_O,
      "_share($self, other, /)\n--\n\nUse the memory and dtype of another parameter of the same shape."},
+    {"_attach", peftc_parameter_attach, METH_VARARGS,
+     "_attach($self, registry, adapter, /)\n--\n\nThe values are a tensor of this adapter: its gradient is kept there."},
     {"_fill", parameter_fill, METH_VARARGS, fill_doc},
     {"_copy_from", parameter_copy_from, METH_O, copy_from_doc},
     {"__array__", (PyCFunction)(void (*)(void))peftc_parameter_dunder_array, METH_VARARGS | METH_KEYWORDS,
@@ -608,7 +582,8 @@ static PyMethodDef parameter_methods[] = {
 static PyGetSetDef parameter_getset[] = {
     {"data", parameter_get_data, parameter_set_data, "The values: an ndarray that shares memory.", NULL},
     {"_raw", parameter_get_raw, NULL, "The values as stored: like data, but bfloat16 as uint16.", NULL},
-    {"grad", parameter_get_grad, parameter_set_grad, "The gradient: an ndarray or None.", NULL},
+    {"grad", peftc_parameter_get_grad, peftc_parameter_set_grad,
+     "The gradient: an ndarray, float64 for a float64 parameter and float32 otherwise, or None.", NULL},
     {"requires_grad", parameter_get_requires_grad, parameter_set_requires_grad, "Whether training changes it.", NULL},
     {"shape", parameter_get_shape, NULL, "Its shape.", NULL},
     {"dtype", parameter_get_dtype, NULL, "Its NumPy dtype.", NULL},

@@ -1,5 +1,6 @@
 /* A parameter used as an array: conversion, operators, indexing. */
 #include "parameter.h"
+#include "tape.h"
 
 static peftc_parameter_object *cast(PyObject *op) { return (peftc_parameter_object *)op; }
 
@@ -29,12 +30,27 @@ PyObject *peftc_parameter_dunder_array(PyObject *op, PyObject *args, PyObject *k
     return result;
 }
 
-/* The array of a parameter; anything else as it is. */
+/* The array of a parameter, recorded while it is to be trained; anything else as it is. */
 static PyObject *unwrap(PyObject *value)
 {
-    if (peftc_is_parameter(value))
-        return peftc_parameter_array(cast(value));
-    return Py_NewRef(value);
+    if (!peftc_is_parameter(value))
+        return Py_NewRef(value);
+    PyObject *array = peftc_parameter_array(cast(value));
+    if (array == NULL || !peftc_recording())
+        return array;
+    peftc_state *state = peftc_state_of_type(Py_TYPE(value));
+    peftc_node *node = NULL;
+    if (state == NULL || state->tensor_type == NULL)
+        return array;
+    if (peftc_parameter_node(state, value, &node) < 0) {
+        Py_DECREF(array);
+        return NULL;
+    }
+    if (node == NULL)
+        return array;
+    PyObject *view = PyArray_View((PyArrayObject *)array, NULL, NULL); /* the array itself stays writeable */
+    Py_DECREF(array);
+    return peftc_tensor_new(state, view, node);
 }
 
 static PyObject *binary(PyObject *a, PyObject *b, PyObject *(*operation)(PyObject *, PyObject *))
@@ -58,7 +74,7 @@ BINARY(peftc_parameter_matmul, PyNumber_MatrixMultiply)
 
 PyObject *peftc_parameter_negative(PyObject *op)
 {
-    PyObject *array = peftc_parameter_array(cast(op));
+    PyObject *array = unwrap(op);
     PyObject *result = array != NULL ? PyNumber_Negative(array) : NULL;
     Py_XDECREF(array);
     return result;
@@ -86,7 +102,7 @@ Py_ssize_t peftc_parameter_length(PyObject *op)
 
 PyObject *peftc_parameter_subscript(PyObject *op, PyObject *key)
 {
-    PyObject *array = peftc_parameter_array(cast(op));
+    PyObject *array = unwrap(op);
     PyObject *item = array != NULL ? PyObject_GetItem(array, key) : NULL;
     Py_XDECREF(array);
     return item;
