@@ -1,6 +1,6 @@
 """The C core of peftc. Private: use the names that `peftc` exports."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, SupportsIndex, TypeAlias, TypeVar, final
 
@@ -163,10 +163,22 @@ def orthogonality(matrix: np.ndarray, columns: bool, scale: float = 0.0, grad: n
 def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""
 
-def modules_like(template: _T, n: SupportsIndex, /) -> list[_T]: ...
+def modules_like(templates: list[_T], /) -> list[_T]: ...
 def set_requires_grad(parameters: list[Any] | tuple[Any, ...], flag: bool, /) -> None: ...
-def walk_modules(root: Any, stop: type | None, /) -> list[tuple[str, Any]]:
-    """(dotted name, module) of everything below root; a module of the type `stop` stands for its base layers."""
+def walk_modules(
+    root: Any, leads: dict[type, tuple[str, ...]], find: Callable[[type], tuple[str, ...]], /
+) -> list[tuple[str, Any]]:
+    """(dotted name, module) of everything below root, each once; wrappers (leads: the way to what is in them) are
+    looked through."""
+
+def items_at(objects: list[Any], path: tuple[str, ...], /) -> list[Any]:
+    """What is at the end of a path (keys of dicts, attributes of objects) from each object; None for nothing."""
+
+def put_items(objects: list[Any], path: tuple[str, ...], key: str, values: list[Any], /) -> None: ...
+def pop_items(objects: list[Any], paths: tuple[tuple[str, ...], ...], key: str, /) -> list[Any]: ...
+def own_parameters(modules: list[Any], /) -> list[Any]: ...
+def parameters_of(layers: list[Any], fields: tuple[str, ...], name: str, /) -> list[Any]:
+    """One adapter's parameters in each layer's children called `fields`."""
 
 def json_loads(text: str | bytes, label: str = "config") -> Any: ...
 def json_canonical(text: str | bytes, label: str = "config") -> str: ...

@@ -155,14 +155,13 @@ def fewest_suffixes(targets: Iterable[str], names: Iterable[str]) -> set[str]:
     return chosen or wanted
 
 
-def settle_orientation(config: Any, adapted: Iterable[str], kinds: Mapping[str, str]) -> bool:
-    """fan_in_fan_out after all adapted layers had their say, with a warning when it changes.
+def settle_orientation(config: Any, kinds: Mapping[str, str]) -> bool:
+    """fan_in_fan_out after all adapted layers (name → kind) had their say, with a warning when it changes.
 
     torch's Linear stores (out, in) and GPT-2's Conv1D (in, out); the layer's class decides, and the flag follows.
     """
     flag = bool(getattr(config, "fan_in_fan_out", False))
-    for name in adapted:
-        kind = kinds.get(name)
+    for name, kind in kinds.items():
         if kind == "Linear" and flag:
             warnings.warn(
                 f"fan_in_fan_out=True, but {name} is a Linear, which stores (out, in): the config gets False",

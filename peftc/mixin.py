@@ -118,11 +118,11 @@ def make_adapter(
             registry, name, config, instead, source, refused, label=label, trainable=trainable
         )
     try:
-        kinds = {path: host.kind(module) for path, module in once}
+        found = dict(modules)
+        kinds = {path: host.kind(found[path]) for path in registry.adapted_modules(name)}
         orientation = getattr(config, "fan_in_fan_out", None)
         if orientation or (orientation is not None and "Conv1D" in kinds.values()):
-            adapted = registry.adapted_modules(name)
-            settled["fan_in_fan_out"] = _prepare.settle_orientation(config, adapted, kinds)
+            settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
         text = _as_json(config, settled)
     except BaseException:
         registry.remove(name)

@@ -6,17 +6,10 @@ from typing import Any
 import torch
 
 from .. import _core
-from .torch_layers import (
-    AdaptedLayer,
-    dropout_module,
-    module_dict,
-    parameter,
-    parameter_dict,
-    put_parameter,
-    transposed,
-)
+from .torch_layers import AdaptedLayer, dropout_modules, transposed
 from .torch_lora import LoraLayer
 from .torch_lowrank import _fresh, runs_eagerly
+from .torch_stamps import ModuleDict, ParameterDict, parameter, put_parameters
 
 
 class AdaLoraLayer(LoraLayer):
@@ -26,19 +19,22 @@ class AdaLoraLayer(LoraLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     first_containers = (
-        ("lora_dropout", module_dict),
-        ("lora_A", parameter_dict),
-        ("lora_B", parameter_dict),
-        ("lora_E", parameter_dict),
-        ("ranknum", parameter_dict),
+        ("lora_dropout", ModuleDict),
+        ("lora_A", ParameterDict),
+        ("lora_B", ParameterDict),
+        ("lora_E", ParameterDict),
+        ("ranknum", ParameterDict),
     )
 
-    def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
-        _, _, rank, alpha, scaling, _ = slot
-        self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
-        self._modules["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training, self._peftc)
+    @classmethod
+    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+        _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
+        for field, values in (("r", ranks), ("lora_alpha", alphas), ("scaling", scalings)):
+            _core.put_items(layers, (field,), name, values)
+        dropouts = dropout_modules(config.lora_dropout, layers)
+        _core.put_items(layers, ("_modules", "lora_dropout", "_modules"), name, dropouts)
         for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
-            put_parameter(self._modules[field], name, parameter(tensors[field]))
+            put_parameters(layers, field, name, [parameter(own[field]) for own in tensors])
 
     @property
     def fan_in_fan_out(self) -> bool:

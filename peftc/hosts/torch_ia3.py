@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from .torch_layers import AdaptedLayer, parameter, parameter_dict, put_parameter, transposed
+from .. import _core
+from .torch_layers import AdaptedLayer, transposed
+from .torch_stamps import ParameterDict, parameter, put_parameters
 
 
 class IA3Layer(AdaptedLayer):
@@ -14,7 +16,7 @@ class IA3Layer(AdaptedLayer):
     method = "IA3"
     adapter_layer_names = ("ia3_l",)
     other_param_names = ("_feedforward",)
-    first_containers = (("ia3_l", parameter_dict),)
+    first_containers = (("ia3_l", ParameterDict),)
 
     _feedforward: dict[str, bool]
 
@@ -23,9 +25,10 @@ class IA3Layer(AdaptedLayer):
         """Whether the first adapter scales the input. Each adapter has its own answer."""
         return next(iter(self._feedforward.values()), False)
 
-    def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
-        put_parameter(self._modules["ia3_l"], name, parameter(tensors["ia3_l"]))
-        self._feedforward[name] = slot[5]
+    @classmethod
+    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+        put_parameters(layers, "ia3_l", name, [parameter(own["ia3_l"]) for own in tensors])
+        _core.put_items(layers, ("_feedforward",), name, [slot[5] for slot in slots])
 
     def _vector(self, name: str) -> torch.Tensor:
         """Shaped to multiply the layer's input or output."""

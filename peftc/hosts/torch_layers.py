@@ -1,16 +1,18 @@
 """What every adapted layer of the torch host is: a module around its base layer, under PEFT's names.
 
 What is active is one object per model, `Switch`, which all adapted layers share: switching adapters is assigning to it,
-whatever the number of layers.  Layers are stamped from templates (`stamp`), without torch's constructors and without
-random initial values that something else overwrites.
+whatever the number of layers.  Layers are stamped from templates (torch_stamps.py), without torch's constructors and
+without random initial values that something else overwrites.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _core
+from .torch_stamps import containers, registries_on_demand, stamp, template
 
 
 class Switch:
@@ -33,34 +35,6 @@ class Switch:
         self.live = self.active if self.enabled and not self.merged else ()
 
 
-_TEMPLATES: dict[Any, nn.Module] = {}
-
-
-def stamp(key: Any, make: Any) -> Any:
-    """A new module like the one that `make()` gives, which is asked once per key.
-
-    Far cheaper than a constructor, and without initial values.
-    """
-    template = _TEMPLATES.get(key)
-    if template is None:
-        with torch.device("meta"):
-            template = _TEMPLATES[key] = make()
-    return _core.module_like(template)
-
-
-def module_dict() -> nn.ModuleDict:
-    return stamp(nn.ModuleDict, nn.ModuleDict)
-
-
-def parameter_dict() -> nn.ParameterDict:
-    return stamp(nn.ParameterDict, nn.ParameterDict)
-
-
-def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Parameter) -> None:
-    container._keys[name] = None
-    container._parameters[name] = parameter
-
-
 def dropout_module(p: float, training: bool, switch: Switch) -> nn.Module:
     """PEFT's: Identity when nothing is dropped, else Dropout."""
     if p > 0.0:
@@ -72,9 +46,11 @@ def dropout_module(p: float, training: bool, switch: Switch) -> nn.Module:
     return switch.no_dropout
 
 
-def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
-    """A Parameter over the tensor's own memory."""
-    return torch.Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
+def dropout_modules(p: float, layers: list[Any]) -> list[nn.Module]:
+    """`dropout_module` for each of these layers of one model."""
+    if p > 0.0:
+        return [dropout_module(p, layer.training, layer._peftc) for layer in layers]
+    return [dropout_module(p, layers[0].training, layers[0]._peftc)] * len(layers)
 
 
 _EXTENTS = (
@@ -85,6 +61,7 @@ _EXTENTS = (
 )
 
 
+@registries_on_demand
 class AdaptedLayer(nn.Module):
     """A base layer with the adapters of one method on it. PEFT's `BaseTunerLayer` counts instances as its own."""
 
@@ -100,24 +77,35 @@ class AdaptedLayer(nn.Module):
     _peftc_inner = "base_layer"  # see torch_wrappers
 
     #: containers that every layer of the class has, in the order of PEFT's parameters; others come when asked for
-    first_containers: tuple[tuple[str, Any], ...] = ()
+    first_containers: tuple[tuple[str, type[nn.Module]], ...] = ()
     later_containers: dict[str, Any] = {}  # noqa: RUF012
 
     @classmethod
-    def around(cls, base: nn.Module, switch: Switch) -> "AdaptedLayer":
-        """A layer without adapters around `base` (itself perhaps an adapted layer)."""
-        layer = stamp(cls, cls._template)
-        state = layer.__dict__
-        children = state["_modules"]
-        children["base_layer"] = base
-        training = base.training
-        for field, make in cls.first_containers:
-            child = children[field] = make()
-            child.__dict__["training"] = training
-        state["_peftc"] = switch
-        state["training"] = training
-        layer._read_extents(layer.get_base_layer())
-        return layer
+    def around(cls, bases: Sequence[nn.Module], inner: Sequence[nn.Module], switch: Switch) -> list[Any]:
+        """Layers without adapters around `bases`, whose innermost base layers are `inner`."""
+        layers = _core.modules_like([template(cls, cls._template)] * len(bases))
+        training = [base.training for base in bases]
+        _core.put_items(layers, ("_modules",), "base_layer", list(bases))
+        for field, kind in cls.first_containers:
+            _core.put_items(layers, ("_modules",), field, containers(kind, training))
+        _core.put_items(layers, (), "_peftc", [switch] * len(bases))
+        _core.put_items(layers, (), "training", training)
+        for layer, base in zip(layers, inner, strict=True):
+            layer._read_extents(base)
+        return layers
+
+    @classmethod
+    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+        """`put` an adapter on many layers."""
+        for layer, own, slot in zip(layers, tensors, slots, strict=True):
+            layer.put(name, own, slot, config)
+
+    def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
+        """Take an adapter's tensors (by parameter: "lora_A", …) in; nothing is copied.
+
+        slot: (module, adapts, rank, alpha, scaling, feedforward) of the core's plan.
+        """
+        raise NotImplementedError
 
     @classmethod
     def _template(cls) -> "AdaptedLayer":
@@ -152,20 +140,6 @@ class AdaptedLayer(nn.Module):
             names.update(dict.fromkeys(_names(self._modules.get(field))))
         return list(names)
 
-    def tensors_of(self, name: str) -> list[nn.Parameter]:
-        """The trainable parameters of one adapter here."""
-        found: list[nn.Parameter] = []
-        for field in self.adapter_layer_names:
-            container = self._modules.get(field)
-            if container is None:
-                continue
-            child = container._modules.get(name)
-            if child is not None:
-                found += [p for p in child._parameters.values() if p is not None]
-            elif name in container._parameters:
-                found.append(container._parameters[name])
-        return found
-
     def train_adapter(self, name: str) -> None:
         """Put one adapter's modules in train mode, whatever the model's: Transformers promises it of a trainable load."""
         self._awake = True
@@ -175,17 +149,6 @@ class AdaptedLayer(nn.Module):
                 container.training = True
                 if name in container._modules:
                     container._modules[name].train()
-
-    def drop(self, name: str) -> None:
-        """Forget one adapter."""
-        for field in (*self.adapter_layer_names, *self.other_param_names):
-            container = self._modules.get(field)
-            if container is None:
-                self.__dict__.get(field, {}).pop(name, None)
-                continue
-            container._modules.pop(name, None)
-            if container._parameters.pop(name, None) is not None:
-                container._keys.pop(name, None)
 
     def is_bare(self) -> bool:
         """Has the last adapter gone?"""

@@ -12,17 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .torch_layers import (
-    AdaptedLayer,
-    dropout_module,
-    module_dict,
-    parameter,
-    parameter_dict,
-    put_parameter,
-    stamp,
-    transposed,
-)
+from .. import _core
+from .torch_layers import AdaptedLayer, dropout_module, dropout_modules, transposed
 from .torch_lowrank import add_lowrank
+from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
 
 
 class Magnitude(nn.Module):
@@ -41,7 +34,7 @@ class LoraLayer(AdaptedLayer):
     """What LoRA's layers share: containers, and what is known of each adapter."""
 
     method = "LORA"
-    first_containers = (("lora_dropout", module_dict), ("lora_A", module_dict), ("lora_B", module_dict))
+    first_containers = (("lora_dropout", ModuleDict), ("lora_A", ModuleDict), ("lora_B", ModuleDict))
     later_containers = types.MappingProxyType(
         {
             "lora_embedding_A": parameter_dict,
@@ -61,10 +54,6 @@ class LoraLayer(AdaptedLayer):
     _initial: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
-        """Take an adapter's tensors ("lora_A", "lora_B", …) in; nothing is copied.
-
-        slot: (module, adapts, rank, alpha, scaling, feedforward) of the core's plan.
-        """
         children = self._modules
         _, _, rank, alpha, scaling, _ = slot
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
@@ -149,25 +138,38 @@ class LoraLayer(AdaptedLayer):
 # --------------------------------------------------------------------------- linear
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, training: bool) -> nn.Linear:
-    made = stamp("linear", lambda: nn.Linear(1, 1))
-    state = made.__dict__
-    state["out_features"], state["in_features"] = weight.shape
-    state["_parameters"] = {
-        "weight": parameter(weight),
-        "bias": None if bias is None else parameter(bias),
-    }
-    state["training"] = training
-    return made
-
-
 class Linear(LoraLayer):
     """LoRA on nn.Linear and on GPT-2's Conv1D: y = base(x) + scaling · B A dropout(x)."""
 
+    @classmethod
+    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+        if any(len(own) != 2 for own in tensors):  # a magnitude, a bias, initial factors
+            super().put_all(layers, name, tensors, slots, config)
+            return
+        count, training = len(layers), [layer.training for layer in layers]
+        _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
+        for field, values in (
+            ("r", ranks),
+            ("lora_alpha", alphas),
+            ("scaling", scalings),
+            ("use_dora", [False] * count),
+            ("lora_bias", [False] * count),
+        ):
+            _core.put_items(layers, (field,), name, values)
+        for field, children in (
+            ("lora_dropout", dropout_modules(config.lora_dropout, layers)),
+            ("lora_A", linears([parameter(own["lora_A"]) for own in tensors], training)),
+            ("lora_B", linears([parameter(own["lora_B"]) for own in tensors], training)),
+        ):
+            _core.put_items(layers, ("_modules", field, "_modules"), name, children)
+
     def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         children = self._modules
-        children["lora_A"]._modules[name] = _linear(tensors["lora_A"], None, self.training)
-        children["lora_B"]._modules[name] = _linear(tensors["lora_B"], tensors.get("lora_B.bias"), self.training)
+        bias = tensors.get("lora_B.bias")
+        children["lora_A"]._modules[name] = linear(parameter(tensors["lora_A"]), None, self.training)
+        children["lora_B"]._modules[name] = linear(
+            parameter(tensors["lora_B"]), None if bias is None else parameter(bias), self.training
+        )
 
     @property
     def fan_in_fan_out(self) -> bool:

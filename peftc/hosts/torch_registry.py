@@ -18,9 +18,10 @@ from torch import nn
 from .. import _core
 from .._core import AdapterRegistry
 from . import torch_adalora, torch_files, torch_ia3, torch_lora, torch_peft
+from .torch_adapter import Adapter, tensor_of, tensors_by_module
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of
-from .torch_tree import FROM_NAME, describe, home_of, kind_of, walk
+from .torch_tree import describe, kind_of, walk
 from .torch_wrappers import place, place_of, take_out, unwrap
 
 _LAYERS: dict[str, Any] = {"LORA": torch_lora.LAYERS, "ADALORA": torch_adalora.LAYERS, "IA3": torch_ia3.LAYERS}
@@ -28,32 +29,12 @@ _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-class _Adapter:
-    """What is remembered of an adapter. Tensors are looked up in the layers: they may be replaced at any time."""
-
-    def __init__(self, name: str, method: str) -> None:
-        self.name, self.method = name, method
-        self.trainable = False
-        #: (module's name, layer) of each adapted layer, in the model's order
-        self.layers: list[tuple[str, AdaptedLayer]] = []
-        #: (state-dict key, layer, parameter) of each tensor in the state dict
-        self.keys: list[tuple[str, AdaptedLayer, str]] = []
-        #: (module's name, wrapper) of modules_to_save
-        self.saved: list[tuple[str, SavedModule]] = []
-        #: (state-dict key, base module, parameter's name, the values that are not in effect) of biases it trains
-        self.biases: list[tuple[str, nn.Module, str, torch.Tensor]] = []
-        #: (state-dict key, base module, parameter's name) of the base's own embeddings in the state dict, as in PEFT
-        self.embeddings: list[tuple[str, nn.Module, str]] = []
-        #: what PEFT holds of it, if PEFT made its layers
-        self.part: torch_peft.Part | None = None
-
-
 class TorchRegistry:
     """See the module. `model` is set before each use; it is not kept alive."""
 
     def __init__(self) -> None:
         self.switch = Switch()
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._bound: list[tuple[str, Any]] = []
         self._output_embedding: str | None = None
         self._biases_of: str | None = None  # the adapter whose biases are in effect
@@ -134,10 +115,7 @@ class TorchRegistry:
         init = values.get("init_lora_weights", True)
         with_values = isinstance(init, str) or bool(values.get("use_dora"))
         builder = AdapterRegistry()
-        builder.bind(
-            [(path, describe(module, holders, with_values)) for path, module in self._bound],
-            self._output_embedding,
-        )
+        builder.bind(describe(self._bound, holders, with_values), self._output_embedding)
         missing: list[str] = []
         unexpected: list[str] = []
         if source is None:
@@ -145,11 +123,11 @@ class TorchRegistry:
         else:
             missing, unexpected = builder.load(name, text, source, label=label, seed=seed)
         arena, tensors, slots = builder.layout(name)
-        adapter = _Adapter(name, builder.peft_type(name))
+        adapter = Adapter(name, builder.peft_type(name))
         modules = dict(self._bound)
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
-        by_module = _tensors_by_module(arena, tensors, modules)
-        layers = self._plan_layers(adapter, slots, modules)
+        by_module = tensors_by_module(arena, tensors, modules)
+        adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
         if values.get("use_dora"):
             for path, *_ in slots:
                 if modules[path].weight.device.type == "meta" and hasattr(modules[path], "_hf_hook"):
@@ -164,23 +142,15 @@ class TorchRegistry:
 
         # Nothing below fails.
         join_peft()
-        self._splice(adapter, layers, slots, by_module, config, tensors)
+        for parent, key, layer in splices:
+            parent._modules[key] = layer
+        adapter.put(by_module, slots, config)
+        layer_of = dict(adapter.layers)
+        adapter.keys = [(row[0], layer_of[row[1]], row[2]) for row in tensors if row[6]]
         self._enter(adapter, saved, trainable)
         return missing, unexpected
 
-    def _splice(
-        self, adapter: _Adapter, layers: Any, slots: Any, by_module: dict[str, Any], config: Any, tensors: Any
-    ) -> None:
-        name = adapter.name
-        for (path, parent, key, layer, fresh), slot in zip(layers, slots, strict=True):
-            if fresh:
-                parent._modules[key] = layer
-            layer.put(name, by_module[path], slot, config)
-            adapter.layers.append((path, layer))
-        layer_of = dict(adapter.layers)
-        adapter.keys = [(row[0], layer_of[row[1]], row[2]) for row in tensors if row[6]]
-
-    def _enter(self, adapter: _Adapter, saved: list[tuple[str, nn.Module]], trainable: bool) -> None:
+    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]], trainable: bool) -> None:
         """List an adapter whose layers are in; it alone is trainable then, if at all. Nothing here fails."""
         name = adapter.name
         for path, module in saved:
@@ -193,10 +163,9 @@ class TorchRegistry:
             module.requires_grad_(False)
             adapter.saved.append((path, wrapper))
         self._adapters[name] = adapter
-        for _, base in self._bound:
-            for parameter in base._parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    parameter.requires_grad_(False)
+        for parameter in _core.own_parameters([module for _, module in self._bound]):
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
         for other in list(self._flagged):
             self._flag(other, False)
         self.set_trainable(name, trainable)
@@ -226,7 +195,7 @@ class TorchRegistry:
 
         All or nothing, but for PEFT's layers.
         """
-        adapter = _Adapter(part.name, part.method)
+        adapter = Adapter(part.name, part.method)
         adapter.part = part
         modules = dict(self._bound)
         saved = self._plan_saved(getattr(config, "modules_to_save", None) or [])
@@ -246,19 +215,28 @@ class TorchRegistry:
             part.train(True)
         return missing, unexpected
 
-    def _plan_layers(self, adapter: _Adapter, slots: Any, modules: dict[str, Any]) -> list[Any]:
-        """(module's name, parent, key, layer, is it new?) for each slot."""
-        known = _LAYERS[adapter.method]
-        planned = []
+    def _plan_layers(
+        self, method: str, slots: Any, modules: dict[str, Any]
+    ) -> tuple[list[tuple[str, Any]], list[tuple[Any, str, Any]]]:
+        """(module's name, layer) for each slot; (parent, key, layer) for each layer that is new."""
+        known = _LAYERS[method]
+        layers: dict[str, Any] = {}
+        new: dict[Any, list[tuple[str, Any, str, Any]]] = {}  # by class
         for path, *_ in slots:
-            parent, key = place(self.model, path)
+            above, _, key = path.rpartition(".")
+            parent, key = place(modules[above], key)
             top = parent._modules[key]
             cls = known[kind_of(modules[path])]
-            if type(top) is cls:
-                planned.append((path, parent, key, top, False))
-            else:
-                planned.append((path, parent, key, cls.around(top, self.switch), True))
-        return planned
+            layers[path] = top
+            if type(top) is not cls:
+                new.setdefault(cls, []).append((path, parent, key, top))
+        splices = []
+        for cls, places in new.items():
+            paths, parents, keys, tops = zip(*places, strict=True)
+            made = cls.around(tops, [modules[path] for path in paths], self.switch)
+            layers.update(zip(paths, made, strict=True))
+            splices += zip(parents, keys, made, strict=True)
+        return list(layers.items()), splices
 
     def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
         """(module's name, its copy) for each module that modules_to_save names."""
@@ -297,7 +275,7 @@ class TorchRegistry:
         ]
 
     def _fill_extras(
-        self, source: Any, adapter: _Adapter, saved: list[tuple[str, nn.Module]], unexpected: list[str], label: str
+        self, source: Any, adapter: Adapter, saved: list[tuple[str, nn.Module]], unexpected: list[str], label: str
     ) -> list[str]:
         """Read modules_to_save and biases from what the core did not take; returns what is left over."""
         targets: dict[str, torch.Tensor] = {}
@@ -391,10 +369,7 @@ class TorchRegistry:
 
     def _flag(self, name: str, value: bool) -> None:
         adapter = self._adapters[name]
-        tensors = [tensor for _, layer in adapter.layers for tensor in layer.tensors_of(name)]
-        if adapter.part is not None:
-            tensors = adapter.part.tensors()
-        _core.set_requires_grad(tensors, value)
+        _core.set_requires_grad(adapter.parameters(), value)
         for _, wrapper in adapter.saved:
             wrapper.copies()[name].requires_grad_(value)
         for _, module, field, _ in adapter.biases:
@@ -427,8 +402,8 @@ class TorchRegistry:
             self.unmerge()
         self._update(active=tuple(n for n in self.switch.active if n != name))
         self._settle_biases()
+        adapter.drop()
         for path, layer in adapter.layers:
-            layer.drop(name)
             if layer.is_bare():
                 take_out(self.model, path, layer)
         if adapter.part is not None:
@@ -447,7 +422,7 @@ class TorchRegistry:
     def state_dict(self, name: str) -> dict[str, torch.Tensor]:
         """state-dict key → tensor that shares memory with the parameter."""
         adapter = self._adapters[name]
-        state = {key: _tensor(layer, parameter, name).detach() for key, layer, parameter in adapter.keys}
+        state = {key: tensor.detach() for key, tensor in adapter.state().items()}
         if adapter.part is not None:
             state = {key: tensor.detach() for key, _, tensor in adapter.part.rows()}
         for key, module, field, other in adapter.biases:
@@ -470,7 +445,7 @@ class TorchRegistry:
         rows: list[tuple[str, str, Any, bool, bool, str]] = []
         for key, layer, parameter in adapter.keys:
             field, _, part = parameter.partition(".")
-            tensor = _tensor(layer, parameter, name)
+            tensor = tensor_of(layer, parameter, name)
             inner = layer._modules[field]._modules.get(name)
             last = f".{part or 'weight'}" if inner is not None else ""
             rows.append((key, f"{where[id(layer)]}.{field}.{name}{last}", tensor, True, True, key))
@@ -568,34 +543,6 @@ def _no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _tensor(layer: AdaptedLayer, parameter: str, name: str) -> Any:
-    field, _, part = parameter.partition(".")
-    container: Any = layer._modules[field]
-    child = container._modules.get(name)
-    return container._parameters[name] if child is None else child._parameters[part or "weight"]
-
-
-def _tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """module's name → parameter → tensor over the arena (or a copy of it on the base layer's device)."""
-    memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
-    flat: dict[str, torch.Tensor] = {}
-    result: dict[str, dict[str, torch.Tensor]] = {}
-    cpu = torch.device("cpu")
-    for _, module, parameter, dtype, shape, offset, _, _ in rows:
-        if dtype not in flat:
-            kind = FROM_NAME[dtype]
-            flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
-        stride, strides = 1, []
-        for extent in reversed(shape):
-            strides.append(stride)
-            stride *= max(extent, 1)
-        whole = flat[dtype]
-        tensor = whole.as_strided(shape, strides[::-1], offset // whole.element_size())
-        device = home_of(modules[module])
-        result.setdefault(module, {})[parameter] = tensor if device == cpu else tensor.to(device)
-    return result
 
 
 def join_peft() -> None:

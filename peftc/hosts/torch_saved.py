@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch_layers import Switch, module_dict
+from .torch_layers import Switch
+from .torch_stamps import module_dict
 from .torch_wrappers import inner, unwrap
 
 

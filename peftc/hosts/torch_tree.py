@@ -3,37 +3,29 @@
 Adapted layers and saved modules are looked through: a name means the same module whether it is wrapped or not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .torch_wrappers import unwrap
+from .. import _core
+from .torch_wrappers import leads, leads_of
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 FROM_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(dotted name, module without adapters) for every module, the model first as ""; each module once."""
-    seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [("", model)]
-    while stack:
-        name, module = stack.pop()
-        module = unwrap(module)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module
-        prefix = f"{name}." if name else ""
-        stack += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+    return _core.walk_modules(model, leads, leads_of)
 
 
 def kind_of(module: nn.Module) -> str:
     """torch's class name of what the module does, "" for a module that no adapter has native code for."""
-    if type(module) in _EXACT:
-        return _EXACT[type(module)]
+    kind = _EXACT.get(type(module))
+    if kind is not None:
+        return kind
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "Conv1D"
     # Subclasses compute the same unless they replace forward (quantised layers do).
@@ -66,15 +58,27 @@ def home_of(module: Any) -> torch.device:
     return device
 
 
-def describe(module: nn.Module, holders: list[Any], with_values: bool) -> tuple[Any, ...]:
-    """The module as `AdapterRegistry.bind` takes those of other libraries.
+def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_values: bool) -> list[Any]:
+    """(name, module as `AdapterRegistry.bind` takes those of other libraries) for each module.
 
     holders keeps the tensors whose addresses are given alive; with_values=False gives none.
     """
-    kind = kind_of(module)
+    opaque: dict[type, Any] = {}  # of the classes that no adapter has code for
+    rows = []
+    for name, module in modules:
+        row = opaque.get(type(module))
+        if row is None:
+            kind = kind_of(module)
+            if kind:
+                row = _described(module, kind, holders, with_values)
+            else:
+                row = opaque[type(module)] = (type(module).__name__, "", "", 0, 0, None, None, False)
+        rows.append((name, row))
+    return rows
+
+
+def _described(module: nn.Module, kind: str, holders: list[Any], with_values: bool) -> tuple[Any, ...]:
     name = type(module).__name__
-    if not kind:
-        return (name, "", "", 0, 0, None, None, False)
     parameters = module._parameters
     weight = parameters.get("weight")
     if weight is None:  # computed: a parametrization

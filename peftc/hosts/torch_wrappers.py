@@ -12,7 +12,7 @@ from torch import nn
 
 #: class → attributes that lead from a wrapper to what it is around; () for a module that is no wrapper. Filled as classes
 #: are met: a look-up by class is what makes walking a large model cheap.
-_LEADS: dict[type, tuple[str, ...]] = {}
+leads: dict[type, tuple[str, ...]] = {}
 
 #: PEFT's wrappers by the name of their base class; the most special first.
 _PEFT_LEADS = (
@@ -22,27 +22,28 @@ _PEFT_LEADS = (
 )
 
 
-def _leads(cls: type) -> tuple[str, ...]:
+def leads_of(cls: type) -> tuple[str, ...]:
+    """What `leads` has, or gets, of a class."""
     own = getattr(cls, "_peftc_inner", None)
     found: tuple[str, ...] = (own,) if own is not None else ()
     if own is None:
         bases = {base.__name__ for base in cls.__mro__ if base.__module__.startswith("peft.")}
-        found = next((leads for name, leads in _PEFT_LEADS if name in bases), ())
-    _LEADS[cls] = found
+        found = next((ways for name, ways in _PEFT_LEADS if name in bases), ())
+    leads[cls] = found
     return found
 
 
 def inner(module: Any) -> tuple[Any, str] | None:
     """(holder, key) such that holder._modules[key] is what `module` is around; None if it is no wrapper."""
     cls = type(module)
-    leads = _LEADS.get(cls)
-    if leads is None:
-        leads = _leads(cls)
-    if not leads:
+    ways = leads.get(cls)
+    if ways is None:
+        ways = leads_of(cls)
+    if not ways:
         return None
-    for name in leads[:-1]:
+    for name in ways[:-1]:
         module = module._modules[name]
-    return module, leads[-1]
+    return module, ways[-1]
 
 
 def unwrap(module: Any) -> Any:
@@ -78,12 +79,11 @@ def around(parent: Any, key: str) -> Iterator[tuple[Any, str, Any]]:
         parent, key = found
 
 
-def place(model: nn.Module, path: str) -> tuple[Any, str]:
-    """(parent, key) such that parent._modules[key] is the outermost adapted layer of the module called `path`.
+def place(parent: Any, key: str) -> tuple[Any, str]:
+    """(holder, key) such that holder._modules[key] is the outermost adapted layer at a place of the model.
 
     Inside a saved module that is the original's place: what an adapter trains of its own is not adapted.
     """
-    parent, key = place_of(model, path)
     while (found := inner(parent._modules[key])) is not None and found[1] == "original_module":
         parent, key = found
     return parent, key

@@ -88,8 +88,11 @@ char *pc_strndup(const char *text, size_t len)
 #define BLOCK_MMAP_BYTES ((size_t)32 * 1024)
 
 /* From this size on a mapping asks for huge pages where the system has them: its first
- * writes then cost a fault per 2 MB, not per 4 KB, which is half of reading a file into it. */
-#define BLOCK_HUGE_BYTES ((size_t)4 << 20)
+ * writes then cost a fault per 2 MB, not per 4 KB, which is half of reading a file into it.
+ * Smaller ones do better without: what is never written (the zeros of fresh adapters) stays
+ * without pages, and in virtual machines that give free memory back to their host, small
+ * pages are the ones still at hand. */
+#define BLOCK_HUGE_BYTES ((size_t)64 << 20)
 
 static void *map_block(size_t bytes)
 {

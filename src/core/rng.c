@@ -56,7 +56,7 @@ typedef struct fill {
 #endif
 
 /* Blocks are drawn this many at a time, one array per word, so that the compiler can work on several at once. */
-#define BATCH 16
+#define BATCH 64
 
 /* bits[w][i] ← word w of block first + i. */
 static inline __attribute__((always_inline)) void draw_batch(pc_rng rng, uint64_t first, uint32_t bits[4][BATCH])
@@ -81,6 +81,17 @@ static inline __attribute__((always_inline)) void draw_batch(pc_rng rng, uint64_
     }
 }
 
+/* Words in the order of their blocks. */
+static inline __attribute__((always_inline)) void interleave(uint32_t bits[4][BATCH], uint32_t in_order[4 * BATCH])
+{
+    for (int i = 0; i < BATCH; i++) {
+        in_order[4 * i] = bits[0][i];
+        in_order[4 * i + 1] = bits[1][i];
+        in_order[4 * i + 2] = bits[2][i];
+        in_order[4 * i + 3] = bits[3][i];
+    }
+}
+
 /* Elements 4 · block … of the destination ← a + b · draws, as many of the `count` as there are. */
 static inline __attribute__((always_inline)) void put_doubles(const fill *f, int64_t block, const double *draws, int count)
 {
@@ -101,13 +112,13 @@ PER_CPU static void fill_uniform(void *ctx, int64_t begin, int64_t end)
 {
     const fill *f = ctx;
     for (int64_t block = begin; block < end; block += BATCH) {
-        uint32_t bits[4][BATCH];
+        uint32_t bits[4][BATCH], in_order[4 * BATCH];
         double draws[4 * BATCH];
         const int blocks = end - block < BATCH ? (int)(end - block) : BATCH;
         draw_batch(f->rng, (uint64_t)block, bits);
-        for (int i = 0; i < BATCH; i++)
-            for (int w = 0; w < 4; w++)
-                draws[4 * i + w] = (double)(int32_t)(bits[w][i] >> 8) * 0x1p-24;
+        interleave(bits, in_order);
+        for (int j = 0; j < 4 * BATCH; j++)
+            draws[j] = (double)(int32_t)(in_order[j] >> 8) * 0x1p-24;
         put_doubles(f, block, draws, 4 * blocks);
     }
 }
@@ -118,7 +129,7 @@ static inline float log_unit(float u)
 {
     uint32_t word;
     memcpy(&word, &u, sizeof word);
-    const int32_t e = (int32_t)((word - 0x3F3504F3u) >> 23) - (word < 0x3F3504F3u ? 512 : 0);
+    const int32_t e = (int32_t)(word - 0x3F3504F3u) >> 23;
     const uint32_t mantissa = word - ((uint32_t)e << 23);
     float m;
     memcpy(&m, &mantissa, sizeof m);
@@ -136,9 +147,31 @@ static inline void sincos_turn(float v, float *sine, float *cosine)
     const float s = x * (1.0f - q * (1.0f / 6.0f - q * (1.0f / 120.0f - q * (1.0f / 5040.0f - q / 362880.0f))));
     const float c =
         1.0f - q * (0.5f - q * (1.0f / 24.0f - q * (1.0f / 720.0f - q * (1.0f / 40320.0f - q / 3628800.0f))));
-    const float even_s = (quarter & 1) != 0 ? c : s, even_c = (quarter & 1) != 0 ? s : c;
-    *sine = (quarter & 2) != 0 ? -even_s : even_s;
-    *cosine = ((quarter + 1) & 2) != 0 ? -even_c : even_c;
+    /* By bits, not by conditions, which would keep the compiler from working on many at once: an odd quarter swaps the
+     * two, and the signs turn every two quarters. */
+    uint32_t s_bits, c_bits;
+    memcpy(&s_bits, &s, sizeof s_bits);
+    memcpy(&c_bits, &c, sizeof c_bits);
+    const uint32_t odd = 0u - ((uint32_t)quarter & 1u), differ = (s_bits ^ c_bits) & odd;
+    s_bits ^= differ ^ (((uint32_t)quarter & 2u) << 30);
+    c_bits ^= differ ^ ((((uint32_t)quarter + 1u) & 2u) << 30);
+    memcpy(sine, &s_bits, sizeof s_bits);
+    memcpy(cosine, &c_bits, sizeof c_bits);
+}
+
+/* Two words each → two independent standard normal draws each: Box and Muller's transform. */
+static inline __attribute__((always_inline)) void to_normal(const uint32_t *restrict one, const uint32_t *restrict other, float *restrict first,
+                      float *restrict second)
+{
+    for (int i = 0; i < BATCH; i++) {
+        /* (0, 1]: its log is finite.  Small values are exact, and they make the tails. */
+        const float u = ((float)(int32_t)(one[i] >> 1) + 1.0f) * 0x1p-31f;
+        const float radius = sqrtf(-2.0f * log_unit(u));
+        float sine, cosine;
+        sincos_turn((float)(int32_t)(other[i] >> 8) * 0x1p-24f, &sine, &cosine);
+        first[i] = radius * cosine;
+        second[i] = radius * sine;
+    }
 }
 
 PER_CPU static void fill_normal(void *ctx, int64_t begin, int64_t end)
@@ -150,20 +183,14 @@ PER_CPU static void fill_normal(void *ctx, int64_t begin, int64_t end)
         double values[4 * BATCH];
         const int blocks = end - block < BATCH ? (int)(end - block) : BATCH;
         draw_batch(f->rng, (uint64_t)block, bits);
-        for (int pair = 0; pair < 2; pair++) {
-            for (int i = 0; i < BATCH; i++) {
-                /* (0, 1]: its log is finite.  Small values are exact, and they make the tails. */
-                const float u = ((float)(int32_t)(bits[2 * pair][i] >> 1) + 1.0f) * 0x1p-31f;
-                const float radius = sqrtf(-2.0f * log_unit(u > 1.0f ? 1.0f : u));
-                float sine, cosine;
-                sincos_turn((float)(int32_t)(bits[2 * pair + 1][i] >> 8) * 0x1p-24f, &sine, &cosine);
-                draws[2 * pair][i] = radius * cosine;
-                draws[2 * pair + 1][i] = radius * sine;
-            }
+        to_normal(bits[0], bits[1], draws[0], draws[1]);
+        to_normal(bits[2], bits[3], draws[2], draws[3]);
+        for (int i = 0; i < BATCH; i++) {
+            values[4 * i] = (double)draws[0][i];
+            values[4 * i + 1] = (double)draws[1][i];
+            values[4 * i + 2] = (double)draws[2][i];
+            values[4 * i + 3] = (double)draws[3][i];
         }
-        for (int i = 0; i < BATCH; i++)
-            for (int w = 0; w < 4; w++)
-                values[4 * i + w] = (double)draws[w][i];
         put_doubles(f, block, values, 4 * blocks);
     }
 }

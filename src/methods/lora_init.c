@@ -3,7 +3,8 @@
 #include "lora.h"
 
 #include <math.h>
-#include <string.h>
+
+/* What starts as zeros is not written below: an arena begins as zeros, and memory that nobody has written takes no pages. */
 
 static pc_rng stream(pc_rng rng, int role)
 {
@@ -25,12 +26,6 @@ static void fill_normal(pc_runtime *rt, pc_rng rng, const pc_adapter *adapter, c
                    pc_tensor_count(tensor), 0.0, std);
 }
 
-static void fill_zero(const pc_adapter *adapter, const pc_tensor *tensor)
-{
-    if (tensor != NULL)
-        memset(pc_tensor_data(adapter, tensor), 0, tensor->nbytes);
-}
-
 /* Store n numbers of dtype `dt` as a tensor. */
 static void store(pc_runtime *rt, const pc_adapter *adapter, const pc_tensor *tensor, pc_dtype dt, const void *values)
 {
@@ -42,8 +37,6 @@ static void init_embedding(pc_runtime *rt, const pc_adapter *adapter, const pc_t
 {
     if (kind == LORA_INIT_RANDOM)
         fill_normal(rt, rng, adapter, a, 1.0);
-    else
-        fill_zero(adapter, a);
     fill_normal(rt, rng, adapter, b, 1.0);
 }
 
@@ -56,11 +49,8 @@ static void init_random(pc_runtime *rt, const pc_adapter *adapter, const pc_slot
         fill_normal(rt, rng, adapter, a, 1.0 / (double)slot->rank);
     else
         fill_default(rt, rng, adapter, a, pc_tensor_count(a) / slot->rank);
-    if (kind != LORA_INIT_RANDOM) {
-        fill_zero(adapter, b);
-        fill_zero(adapter, bias);
+    if (kind != LORA_INIT_RANDOM)
         return;
-    }
     fill_default(rt, rng, adapter, b, b_columns);
     if (bias != NULL)
         fill_default(rt, rng, adapter, bias, b_columns);
@@ -228,8 +218,6 @@ static pc_status init_from_base(pc_runtime *rt, const pc_adapter *adapter, const
     pc_status status = decompose(rt, slot, m, dt, kind, niter, scratch, &d, err);
     if (status != PC_OK)
         return status;
-    fill_zero(adapter, a);
-    fill_zero(adapter, b);
     const int64_t r = slot->rank, kept = r < d.q ? r : d.q;
     void *a_data = pc_tensor_data(adapter, a), *b_data = pc_tensor_data(adapter, b);
     for (int64_t k = 0; k < kept; k++) {

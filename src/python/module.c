@@ -94,6 +94,21 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static int (*const parts[])(PyObject *module, peftc_state *state) = {
+    peftc_add_safetensors,
+    peftc_add_config,
+    peftc_add_torch_bin,
+    peftc_add_registry,
+    peftc_add_layers,
+    peftc_add_functional,
+    peftc_add_tape,
+    peftc_add_optimizers,
+    peftc_add_adalora,
+    peftc_add_torch,
+    peftc_add_torch_modules,
+    peftc_add_torch_tree,
+};
+
 static int exec_module(PyObject *module)
 {
     if (PyArray_ImportNumPyAPI() < 0)
@@ -111,13 +126,9 @@ static int exec_module(PyObject *module)
     if (state->safetensor_error == NULL ||
         PyModule_AddObjectRef(module, "SafetensorError", state->safetensor_error) < 0)
         return -1;
-    if (peftc_add_safetensors(module, state) < 0 || peftc_add_config(module, state) < 0 ||
-        peftc_add_torch_bin(module, state) < 0 || peftc_add_registry(module, state) < 0 || peftc_add_layers(module, state) < 0 ||
-        peftc_add_functional(module, state) < 0 || peftc_add_tape(module, state) < 0 ||
-        peftc_add_optimizers(module, state) < 0 || peftc_add_adalora(module, state) < 0 ||
-        peftc_add_torch(module, state) < 0 ||
-        peftc_add_torch_modules(module, state) < 0)
-        return -1;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (parts[i](module, state) < 0)
+            return -1;
     return 0;
 }
 

@@ -54,29 +54,26 @@ def test_module_like_shares_what_is_no_container():
 
 
 def test_modules_like_makes_many():
-    template = nn.Linear(3, 2)
-    made = _core.modules_like(template, 100)
-    assert len({id(module) for module in made}) == 100 and {type(module) for module in made} == {nn.Linear}
-    assert len({id(module._parameters) for module in made}) == 100
-    assert _core.modules_like(template, 0) == []
-    with pytest.raises(ValueError, match="negative"):
-        _core.modules_like(template, -1)
-    with pytest.raises(TypeError):
-        _core.modules_like(template, "3")
-    with pytest.raises(TypeError, match="2 positional"):
-        _core.modules_like(template)
+    linear, dropout = nn.Linear(3, 2), nn.Dropout(0.5)
+    made = _core.modules_like([linear, linear, dropout, linear])
+    assert [type(module) for module in made] == [nn.Linear, nn.Linear, nn.Dropout, nn.Linear]
+    assert len({id(module) for module in made}) == 4 and len({id(module._parameters) for module in made}) == 4
+    assert made[2].p == 0.5 and made[3].weight is linear.weight
+    assert _core.modules_like([]) == []
+    with pytest.raises(TypeError, match="list of templates, not tuple"):
+        _core.modules_like((linear,))
+    with pytest.raises(AttributeError):
+        _core.modules_like([linear, 5])
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_modules_like_leaves_the_garbage_collector_as_it_was(enabled):
+def test_listing_leaves_the_garbage_collector_as_it_was(enabled):
     (gc.enable if enabled else gc.disable)()
     try:
-        _core.modules_like(nn.Identity(), 3)
+        _core.walk_modules(nn.Identity(), {nn.Identity: ()}, print)
         assert gc.isenabled() is enabled
-        with pytest.raises(AttributeError):
-            _core.modules_like(5, 3)
-        assert gc.isenabled() is enabled
-        _core.walk_modules(nn.Identity(), None)
+        with pytest.raises(TypeError):
+            _core.walk_modules(5, {int: ()}, print)
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
@@ -151,8 +148,8 @@ def test_set_requires_grad_raises_what_torch_raises():
 # -------------------------------------------------------------------- listing
 
 
-def listed(root: Any, stop: type | None = Wrapper) -> list[tuple[str, Any]]:
-    return _core.walk_modules(root, stop)
+def listed(root: Any) -> list[tuple[str, Any]]:
+    return _core.walk_modules(root, {nn.Linear: ()}, lambda cls: ("base_layer",) if issubclass(cls, Wrapper) else ())
 
 
 def same(one: list[tuple[str, Any]], two: list[tuple[str, Any]]) -> bool:
@@ -164,10 +161,10 @@ def test_walk_without_wrappers_is_named_modules():
     root = nn.Sequential(shared, nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared}), nn.Identity())
     root.none = None
     root.register_module("nothing", None)
-    want = list(root.named_modules(remove_duplicate=False))
-    assert same(listed(root), want) and same(listed(root, None), want)
+    want = list(root.named_modules())
+    assert same(listed(root), want)
     layer = nn.TransformerEncoderLayer(8, 2)
-    assert same(listed(layer), list(layer.named_modules(remove_duplicate=False)))
+    assert same(listed(layer), list(layer.named_modules()))
 
 
 def test_walk_keeps_the_order_of_an_ordered_dict():
@@ -177,41 +174,46 @@ def test_walk_keeps_the_order_of_an_ordered_dict():
     assert [name for name, _ in listed(root)] == ["", "b", "a"]
 
 
-def test_a_wrapper_stands_for_its_base():
+def test_a_base_stands_in_its_wrappers_place():
     base = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     inner, outer = Wrapper(base), Derived(None)
     outer.base_layer = inner
-    root = nn.ModuleDict({"a": nn.ModuleDict({"fc": outer, "plain": nn.Identity()}), "last": Wrapper(None)})
+    root = nn.ModuleDict({"a": nn.ModuleDict({"fc": outer, "plain": nn.Identity()}), "again": inner})
     want = [
         ("", root),
         ("a", root["a"]),
-        ("a.fc", outer),
+        ("a.fc", base),
         ("a.fc.0", base[0]),
         ("a.fc.1", base[1]),
         ("a.plain", root["a"]["plain"]),
-        ("last", root["last"]),
     ]
     assert same(listed(root), want)
-    assert same(listed(outer), [("", outer), ("0", base[0]), ("1", base[1])])
+    assert same(listed(outer), [("", base), ("0", base[0]), ("1", base[1])])
+    far = nn.Module()
+    far.token_adapter = outer
+    far_leads = {
+        nn.Module: ("token_adapter", "base_layer", "base_layer"),
+        nn.Sequential: (),
+        nn.Linear: (),
+        nn.ReLU: (),
+    }
+    assert same(_core.walk_modules(far, far_leads, print), [("", base), ("0", base[0]), ("1", base[1])])
     nested = Wrapper(nn.Sequential(Wrapper(nn.Identity())))
-    assert [name for name, _ in listed(nested)] == ["", "0"]
+    assert [(name, type(module)) for name, module in listed(nested)] == [("", nn.Sequential), ("0", nn.Identity)]
+    root["last"] = Wrapper(None)
+    with pytest.raises(KeyError, match="last.*Wrapper has lost its base_layer"):
+        listed(root)
 
 
-@pytest.mark.parametrize("where", ["child", "grandchild", "base", "chain"])
-def test_cycles_are_refused(where):
+def test_each_module_is_listed_once_whatever_the_cycles():
     root = nn.Sequential(nn.Sequential(nn.Identity()))
-    if where == "child":
-        root.again = root
-    elif where == "grandchild":
-        root[0].again = root
-    elif where == "base":
-        root[0].again = Wrapper(root)
-    else:
-        one = Wrapper(nn.Sequential())
-        one.base_layer.base_layer = nn.Sequential()
-        one.base_layer.base_layer.base_layer = one.base_layer
-        root.again = one
-    with pytest.raises(RecursionError, match="again"):
+    root[0].again = root
+    root[0].wrapped = Wrapper(root)
+    assert [name for name, _ in listed(root)] == ["", "0", "0.0"]
+    one = Wrapper(None)
+    one.base_layer = one
+    root.again = one
+    with pytest.raises(RecursionError, match="again.*contain each other"):
         listed(root)
 
 
@@ -239,5 +241,81 @@ def test_what_is_no_module_is_named():
     root._modules = [1]
     with pytest.raises(TypeError, match="must be a dict, not list"):
         listed(root)
-    with pytest.raises(TypeError, match="a module, and a type"):
-        listed(root, 5)
+    root._modules = {}
+    with pytest.raises(TypeError, match="what leads from a Sequential must be a tuple, not NoneType"):
+        _core.walk_modules(root, {}, lambda cls: None)
+    for leads, find in (((), print), ({}, 5)):
+        with pytest.raises(TypeError, match="a module, a dict of leads"):
+            _core.walk_modules(root, leads, find)
+
+
+# ---------------------------------------------------------------------- places
+
+
+def test_items_at_the_end_of_a_path():
+    layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
+    path = ("_modules", "lora_A", "_modules", "default", "_parameters", "weight")
+    found = _core.items_at(layers, path)
+    assert all(one is layer.lora_A["default"].weight for one, layer in zip(found, layers, strict=True))
+    del layers[1].lora_A
+    assert _core.items_at(layers, path)[1] is None and _core.items_at([], path) == []
+    assert _core.items_at([{"a": {"b": 5}}], ("a", "b")) == [5] and _core.items_at([7], ()) == [7]
+    with pytest.raises(TypeError, match="int is neither a dict nor an object with a __dict__"):
+        _core.items_at([{"a": 5}], ("a", "b"))
+    with pytest.raises(TypeError, match="a list of objects, and a path"):
+        _core.items_at(tuple(layers), path)
+
+
+def test_put_and_pop_items():
+    layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
+    new = [nn.Identity() for _ in layers]
+    where = ("_modules", "lora_A", "_modules")
+    _core.put_items(layers, where, "other", new)
+    _core.put_items(layers, (), "r", [1, 2, 3])
+    assert [layer.r for layer in layers] == [1, 2, 3]
+    assert [layer.lora_A["other"] for layer in layers] == new and list(layers[0].lora_A) == ["default", "other"]
+    gone = _core.pop_items(layers, (where, ("nowhere",), ("_modules", "none", "_modules")), "other")
+    assert gone == new and list(layers[0].lora_A) == ["default"]
+    assert _core.pop_items(layers, (where,), "other") == []
+    ordered = nn.Module()
+    ordered._modules = OrderedDict(a=nn.Identity())
+    _core.put_items([ordered], ("_modules",), "b", [new[0]])
+    assert list(ordered._modules) == ["a", "b"]
+    _core.pop_items([ordered], (("_modules",),), "a")
+    assert list(ordered._modules) == ["b"] and len(ordered._modules) == 1
+    del layers[1].lora_A
+    with pytest.raises(KeyError, match="Wrapper has nothing at"):
+        _core.put_items(layers, where, "other", new)
+    assert "other" in layers[0].lora_A and "other" not in layers[2].lora_A
+    with pytest.raises(TypeError, match="as many values"):
+        _core.put_items(layers, where, "other", new[:2])
+    with pytest.raises(TypeError, match="paths that are tuples"):
+        _core.pop_items(layers, ("lora_A",), "other")
+    with pytest.raises(TypeError, match="unhashable"):
+        _core.put_items(layers[:1], where, [], new[:1])
+
+
+def test_parameters_of_one_adapter():
+    layer = Wrapper(nn.Linear(2, 2))
+    layer.lora_E = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2)), "other": nn.Parameter(torch.zeros(1))})
+    layer.r = {"default": 2}
+    bare = Wrapper(None)
+    bare.lora_A = nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)})
+    found = _core.parameters_of([layer, bare], ("lora_A", "lora_E", "r", "nothing"), "default")
+    inner = layer.lora_A["default"]
+    want = [inner.weight, inner.bias, layer.lora_E["default"], bare.lora_A["default"].weight]
+    assert [id(one) for one in found] == [id(one) for one in want]
+    assert _core.parameters_of([layer], ("lora_A", "lora_E"), "other")[0] is layer.lora_E["other"]
+    assert _core.parameters_of([layer], ("lora_A",), "none") == [] and _core.parameters_of([], (), "default") == []
+    with pytest.raises(TypeError, match="neither a dict nor an object"):
+        _core.parameters_of([5], ("lora_A",), "default")
+    with pytest.raises(TypeError, match="a list of layers"):
+        _core.parameters_of(layer, ("lora_A",), "default")
+
+
+def test_own_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.ReLU())
+    found = _core.own_parameters([model, *model])
+    assert [id(one) for one in found] == [id(one) for one in model.parameters()]
+    with pytest.raises(TypeError, match="list of modules"):
+        _core.own_parameters(model)

@@ -1,0 +1,108 @@
+"""One adapter on a torch model: the layers that it is in, and its tensors, put into them and taken out by the hundred."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _core
+from . import torch_peft
+from .torch_layers import AdaptedLayer
+from .torch_saved import SavedModule
+from .torch_tree import FROM_NAME, home_of
+
+
+class Adapter:
+    """What is remembered of an adapter. Tensors are looked up in the layers: they may be replaced at any time."""
+
+    def __init__(self, name: str, method: str) -> None:
+        self.name, self.method = name, method
+        self.trainable = False
+        #: (module's name, layer) of each adapted layer, in the model's order
+        self.layers: list[tuple[str, AdaptedLayer]] = []
+        #: (state-dict key, layer, parameter) of each tensor in the state dict
+        self.keys: list[tuple[str, AdaptedLayer, str]] = []
+        #: (module's name, wrapper) of modules_to_save
+        self.saved: list[tuple[str, SavedModule]] = []
+        #: (state-dict key, base module, parameter's name, the values that are not in effect) of biases it trains
+        self.biases: list[tuple[str, nn.Module, str, torch.Tensor]] = []
+        #: (state-dict key, base module, parameter's name) of the base's own embeddings in the state dict, as in PEFT
+        self.embeddings: list[tuple[str, nn.Module, str]] = []
+        #: what PEFT holds of it, if PEFT made its layers
+        self.part: torch_peft.Part | None = None
+
+    def put(self, tensors: dict[str, Any], slots: Sequence[Any], config: Any) -> None:
+        """Put tensors (module's name → parameter → tensor) into the layers, which `slots` describe one by one."""
+        by_class: dict[type[AdaptedLayer], list[Any]] = {}
+        for (path, layer), slot in zip(self.layers, slots, strict=True):
+            by_class.setdefault(type(layer), []).append((layer, tensors[path], slot))
+        for cls, rows in by_class.items():
+            layers, own, theirs = map(list, zip(*rows, strict=True))
+            cls.put_all(layers, self.name, own, theirs, config)
+
+    def parameters(self) -> list[Any]:
+        """Its trainable parameters in the adapted layers."""
+        if self.part is not None:
+            return self.part.tensors()
+        layers = [layer for _, layer in self.layers]
+        fields = dict.fromkeys(field for cls in _classes(layers) for field in cls.adapter_layer_names)
+        return _core.parameters_of(layers, tuple(fields), self.name)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """state-dict key → parameter of what is in the adapted layers."""
+        return {key: tensor_of(layer, parameter, self.name) for key, layer, parameter in self.keys}
+
+    def drop(self) -> None:
+        """Take everything of the adapter out of its layers."""
+        layers = [layer for _, layer in self.layers]
+        fields: dict[str, None] = {}
+        for cls in _classes(layers):
+            fields.update(dict.fromkeys((*cls.adapter_layer_names, *cls.other_param_names)))
+        paths: list[tuple[str, ...]] = [(field,) for field in fields]  # a plain dict of the layer
+        for field in fields:
+            paths += [("_modules", field, part) for part in ("_modules", "_parameters", "_keys")]
+        _core.pop_items(layers, tuple(paths), self.name)
+
+
+def _classes(layers: list[AdaptedLayer]) -> dict[type[AdaptedLayer], None]:
+    return dict.fromkeys(map(type, layers))
+
+
+def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:
+    """An adapter's tensor in one layer by the name that the core has for it ("lora_A", "lora_B.bias")."""
+    field, _, part = parameter.partition(".")
+    container: Any = layer._modules[field]
+    child = container._modules.get(name)
+    return container._parameters[name] if child is None else child._parameters[part or "weight"]
+
+
+def tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """module's name → parameter → tensor over the arena (or a copy of it on the base layer's device)."""
+    memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
+    flat: dict[str, torch.Tensor] = {}
+    strides_of: dict[tuple[int, ...], tuple[int, ...]] = {}
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for _, module, parameter, dtype, shape, offset, _, _ in rows:
+        whole = flat.get(dtype)
+        if whole is None:
+            kind = FROM_NAME[dtype]
+            whole = flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
+        strides = strides_of.get(shape)
+        if strides is None:
+            strides = strides_of[shape] = _packed_strides(shape)
+        result.setdefault(module, {})[parameter] = whole.as_strided(shape, strides, offset // whole.itemsize)
+    cpu = torch.device("cpu")
+    for module, tensors in result.items():
+        device = home_of(modules[module])
+        if device != cpu:
+            result[module] = {parameter: tensor.to(device) for parameter, tensor in tensors.items()}
+    return result
+
+
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, strides = 1, []
+    for extent in reversed(shape):
+        strides.append(stride)
+        stride *= max(extent, 1)
+    return tuple(reversed(strides))

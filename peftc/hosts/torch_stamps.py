@@ -1,0 +1,128 @@
+"""torch modules by the hundred: stamped from templates, without constructors, and without what stays empty.
+
+A module keeps a dozen registries (of hooks, mostly) that are empty in nearly every adapter's modules.  The classes here
+get each of them when something first asks for it; making a module is several times cheaper for that.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _core
+
+#: attribute → type, of a module's registries; children, parameters and buffers are not among them
+_REGISTRIES: dict[str, Any] = {
+    name: type(value)
+    for name, value in nn.Module().__dict__.items()
+    if isinstance(value, (dict, set)) and name not in ("_modules", "_parameters", "_buffers")
+}
+
+
+class _OnDemand:
+    """A registry that is made when it is first looked at."""
+
+    def __init__(self, name: str, make: Any) -> None:
+        self._name, self._make = name, make
+        self._none = make()
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        if torch.compiler.is_compiling():  # a graph has no room for a change of the module; it only reads
+            return self._none
+        return module.__dict__.setdefault(self._name, self._make())
+
+
+def registries_on_demand(cls: Any) -> Any:
+    """Class decorator: modules that are stamped from a template of this class lack empty registries."""
+    for name, make in _REGISTRIES.items():
+        setattr(cls, name, _OnDemand(name, make))
+    return cls
+
+
+@registries_on_demand
+class Linear(nn.Linear):
+    """A factor of an adapter."""
+
+
+@registries_on_demand
+class ModuleDict(nn.ModuleDict):
+    """adapter name → module"""
+
+
+@registries_on_demand
+class ParameterDict(nn.ParameterDict):
+    """adapter name → parameter"""
+
+
+_TEMPLATES: dict[Any, nn.Module] = {}
+
+
+def template(key: Any, make: Any) -> nn.Module:
+    """The template called `key`: what `make()` gives, which is asked once."""
+    found = _TEMPLATES.get(key)
+    if found is None:
+        with torch.device("meta"):
+            found = make()
+        for name in _REGISTRIES:
+            if isinstance(getattr(type(found), name, None), _OnDemand) and not found.__dict__.get(name):
+                found.__dict__.pop(name, None)
+        _TEMPLATES[key] = found
+    return found
+
+
+def stamp(key: Any, make: Any) -> Any:
+    """A new module like the template; far cheaper than a constructor, and without initial values."""
+    return _core.module_like(template(key, make))
+
+
+def containers(kind: type[nn.Module], training: Iterable[bool]) -> list[Any]:
+    """Empty ModuleDicts or ParameterDicts, one for each mode."""
+    by_mode = [template((kind, mode), lambda m=mode: kind().train(m)) for mode in (False, True)]
+    return _core.modules_like([by_mode[mode] for mode in training])
+
+
+def linears(parameters: list[nn.Parameter], training: list[bool]) -> list[Any]:
+    """A Linear without bias over each parameter (out, in)."""
+    templates = [_linear(*p.shape, mode) for p, mode in zip(parameters, training, strict=True)]
+    made = _core.modules_like(templates)
+    _core.put_items(made, ("_parameters",), "weight", parameters)
+    return made
+
+
+def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> Any:
+    """A Linear over a weight (out, in) and a bias (out,)."""
+    made = _core.module_like(_linear(*weight.shape, training))
+    made._parameters.update(weight=weight, bias=bias)
+    return made
+
+
+def _linear(rows: int, columns: int, training: bool) -> nn.Module:
+    key = (rows, columns, training)
+    return _TEMPLATES.get(key) or template(key, lambda: Linear(columns, rows, bias=False).train(training))
+
+
+def module_dict() -> nn.ModuleDict:
+    return stamp((ModuleDict, True), ModuleDict)
+
+
+def parameter_dict() -> nn.ParameterDict:
+    return stamp((ParameterDict, True), ParameterDict)
+
+
+def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Parameter) -> None:
+    container._keys[name] = None
+    container._parameters[name] = parameter
+
+
+def put_parameters(layers: list[Any], field: str, name: str, parameters: list[nn.Parameter]) -> None:
+    """`put_parameter` for the ParameterDict called `field` of each layer."""
+    _core.put_items(layers, ("_modules", field, "_keys"), name, [None] * len(layers))
+    _core.put_items(layers, ("_modules", field, "_parameters"), name, parameters)
+
+
+def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
+    """A Parameter over the tensor's own memory."""
+    return torch.Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
