@@ -27,8 +27,23 @@ if TYPE_CHECKING:  # the names below, as type checkers read them
     from ._show import show_config
     from .config import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
     from .hosts.torch_patch import patch_transformers
+    from .hosts.torch_peft_model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
     from .mixin import PeftAdapterMixin
     from .nn.grad_mode import no_grad
+    from .peft_api import (
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        set_peft_model_state_dict,
+    )
     from .weights import load_adapter_weights
 
 __version__ = "0.1.0"
@@ -47,6 +62,17 @@ _EXPORTS = {
     "manual_seed": "_random",
     "no_grad": "nn.grad_mode",
     "patch_transformers": "hosts.torch_patch",
+    "get_peft_model": "peft_api",
+    "inject_adapter_in_model": "peft_api",
+    "get_peft_model_state_dict": "peft_api",
+    "set_peft_model_state_dict": "peft_api",
+    "PeftModel": "hosts.torch_peft_model",  # these import torch: they are modules of it
+    "PeftModelForCausalLM": "hosts.torch_peft_model",
+    "PeftModelForSeq2SeqLM": "hosts.torch_peft_model",
+    "PeftModelForSequenceClassification": "hosts.torch_peft_model",
+    "PeftModelForTokenClassification": "hosts.torch_peft_model",
+    "PeftModelForQuestionAnswering": "hosts.torch_peft_model",
+    "PeftModelForFeatureExtraction": "hosts.torch_peft_model",
     "show_config": "_show",
 }
 _MODULES = ("models", "nn", "optim", "safetensors")
@@ -66,6 +92,17 @@ __all__ = [  # noqa: RUF022  (the order of the documentation)
     "manual_seed",
     "no_grad",
     "patch_transformers",
+    "get_peft_model",
+    "inject_adapter_in_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForFeatureExtraction",
     "show_config",
     "models",
     "nn",

@@ -790,13 +790,18 @@ def _renamed(tensors: dict[str, Any], key_mapping: Optional[dict[str, str]], hos
     for key, value in tensors.items():
         if not isinstance(key, str):
             raise TypeError(f"adapter_state_dict has a key that is no str: {key!r}")
-        name = key.removeprefix(_PREFIX)
-        for pattern, replacement in (key_mapping or {}).items():
-            name, count = re.subn(pattern, replacement, name)
-            if count:
-                break
-        result[name] = host.as_array(value)
+        result[_new_key(key, key_mapping)] = host.as_array(value)
     return result
+
+
+def _new_key(key: str, key_mapping: Optional[dict[str, str]]) -> str:
+    """A tensor's name without PEFT's prefix and after the first pattern that matches."""
+    name = key.removeprefix(_PREFIX)
+    for pattern, replacement in (key_mapping or {}).items():
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return name
 
 
 def _stay_active(registry: AdapterRegistry, new: str) -> list[str]:

@@ -42,8 +42,10 @@ def test_only_the_core_is_loaded():
 
 @pytest.mark.parametrize("name", peftc.__all__)
 def test_public_names_import_alone_and_without_torch(name):
+    """But for the classes that are modules of torch: these bring torch along, and nothing else."""
     code = f"import sys, peftc; peftc.{name}; print(*[m for m in {HEAVY} if m in sys.modules])"
-    assert run(code).stdout.split() == []
+    # torch imports tqdm
+    assert run(code).stdout.split() == (["torch", "tqdm"] if name.startswith("PeftModel") else [])
 
 
 def test_public_names_are_listed_and_documented():

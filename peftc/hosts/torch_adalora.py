@@ -52,6 +52,7 @@ class AdaLoraLayer(LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self._modules["base_layer"](x, *args, **kwargs)
+        dtype = result.dtype
         for name in self._live():
             a = self.lora_A[name]
             x = self._cast(x, a.dtype)
@@ -60,7 +61,7 @@ class AdaLoraLayer(LoraLayer):
                 low = self.lora_dropout[name](x) @ (a * self.lora_E[name]).T @ self.lora_B[name].T
                 added = result + low * self._scale(name)
             result = added
-        return result
+        return result.to(dtype)
 
     def _in_c(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
         """The sum in C, or None where torch's operations are needed (see torch_lowrank.py)."""

@@ -18,13 +18,15 @@ from .torch_stamps import containers, registries_on_demand, stamp, template
 class Switch:
     """Which adapters of a model are active. `live` is what a forward pass reads: the active names, or none."""
 
-    __slots__ = ("active", "enabled", "live", "merged", "no_dropout")
+    __slots__ = ("active", "enabled", "live", "merged", "no_dropout", "rows")
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
+        #: while a batch is mixed: the adapter of each of its rows, "__base__" for none
+        self.rows: list[str] | None = None
         #: stands where a layer drops nothing; one for all layers: it has no state but its mode, which is the model's
         self.no_dropout: nn.Identity | None = None
 
@@ -140,6 +142,10 @@ class AdaptedLayer(nn.Module):
             names.update(dict.fromkeys(_names(self._modules.get(field))))
         return list(names)
 
+    def _get_available_adapters(self) -> set[str]:
+        """What PEFT asks for in `get_layer_status`."""
+        return set(self.adapters())
+
     def train_adapter(self, name: str) -> None:
         """Put one adapter's modules in train mode, whatever the model's: Transformers promises it of a trainable load."""
         self._awake = True
@@ -208,6 +214,15 @@ class AdaptedLayer(nn.Module):
 
     def __repr__(self) -> str:
         return f"peftc.{super().__repr__()}"
+
+
+def check_rows(batch: Any, adapter_names: Sequence[str]) -> None:
+    """Refuse a mixed batch whose rows are not as many as the names. Raises ValueError."""
+    if len(batch) != len(adapter_names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(batch)} respectively."
+        )
 
 
 def _names(container: Any) -> list[str]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _core
-from .torch_layers import AdaptedLayer, dropout_module, dropout_modules, transposed
+from .torch_layers import AdaptedLayer, check_rows, dropout_module, dropout_modules, transposed
 from .torch_lowrank import add_lowrank
 from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
 
@@ -84,7 +84,7 @@ class LoraLayer(AdaptedLayer):
         return dropout.training and not isinstance(dropout, nn.Identity)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "adapter_names" in kwargs:
+        if self._peftc.rows is not None or "adapter_names" in kwargs:
             return self._mixed(x, *args, **kwargs)
         result = self._modules["base_layer"](x, *args, **kwargs)
         dtype = result.dtype
@@ -96,8 +96,13 @@ class LoraLayer(AdaptedLayer):
         """The result with one adapter applied to it."""
         raise NotImplementedError
 
-    def _mixed(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+    def _mixed(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """Each row of the batch with its own adapter ("__base__": none)."""
+        if adapter_names is None:
+            adapter_names = self._peftc.rows or []
+        check_rows(x, adapter_names)
         result = self._modules["base_layer"](x, *args, **kwargs)
         dtype = result.dtype
         for name in dict.fromkeys(adapter_names):
@@ -190,7 +195,7 @@ class Linear(LoraLayer):
         return scale if self.fan_in_fan_out else scale.unsqueeze(1)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "adapter_names" in kwargs:
+        if self._peftc.rows is not None or "adapter_names" in kwargs:
             return self._mixed(x, *args, **kwargs)
         result = self._modules["base_layer"](x, *args, **kwargs)
         if not self._peftc.live:

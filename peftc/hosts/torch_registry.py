@@ -360,6 +360,14 @@ class TorchRegistry:
         self._update(enabled=bool(value))
         self._settle_biases()
 
+    def trained(self) -> list[str]:
+        """The adapters whose tensors require gradients."""
+        return [name for name in self._adapters if name in self._flagged]
+
+    def saved_of(self, name: str) -> list[tuple[str, SavedModule]]:
+        """(module's name, wrapper) of each module that the adapter replaces."""
+        return list(self._adapters[name].saved)
+
     def trainable(self, name: str) -> bool:
         return self._adapters[name].trainable
 
@@ -402,6 +410,15 @@ class TorchRegistry:
             self.unmerge()
         self._update(active=tuple(n for n in self.switch.active if n != name))
         self._settle_biases()
+        self.take_out(name)
+        for _, module, field, _ in adapter.biases:
+            module._parameters[field].requires_grad_(False)
+        self._flagged.discard(name)
+        del self._adapters[name]
+
+    def take_out(self, name: str) -> None:
+        """Take an adapter's tensors out of the model, and layers and wrappers that hold no other."""
+        adapter = self._adapters[name]
         adapter.drop()
         for path, layer in adapter.layers:
             if layer.is_bare():
@@ -412,10 +429,6 @@ class TorchRegistry:
             wrapper.copies().pop(name, None)
             if not wrapper.copies():
                 take_out(self.model, path, wrapper)
-        for _, module, field, _ in adapter.biases:
-            module._parameters[field].requires_grad_(False)
-        self._flagged.discard(name)
-        del self._adapters[name]
 
     # ------------------------------------------------------------------- state
 
@@ -475,8 +488,10 @@ class TorchRegistry:
     def merged(self) -> list[str]:
         return list(self.switch.merged)
 
-    def merge(self, names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge(self, names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False) -> None:
         """Put base weights with these adapters folded in in the base weights' place; `unmerge` gives them back exactly.
+
+        progressbar shows one on stderr, layer by layer.
 
         Raises:
             ValueError: safe_merge, and a result with NaN or infinity.
@@ -487,7 +502,7 @@ class TorchRegistry:
         try:
             for part in parts:  # PEFT's layers are the inner ones
                 part.merge(safe_merge)
-            self._merge_ours(wanted, layers, safe_merge)
+            self._merge_ours(wanted, layers, safe_merge, progressbar)
         except BaseException:
             for part in reversed(parts):
                 part.unmerge()
@@ -495,14 +510,14 @@ class TorchRegistry:
         self._update(merged=(*self.switch.merged, *wanted))
 
     def _merge_ours(
-        self, wanted: list[str], layers: dict[str, list[tuple[AdaptedLayer, str]]], safe_merge: bool
+        self, wanted: list[str], layers: dict[str, list[tuple[AdaptedLayer, str]]], safe_merge: bool, progressbar: bool
     ) -> None:
         for name in wanted:
             for path, layer in self._adapters[name].layers:
                 layers.setdefault(path, []).append((layer, name))
         made = []
         with torch.no_grad():
-            for path, uses in layers.items():
+            for path, uses in _watched(layers.items(), progressbar):
                 base: Any = uses[0][0].get_base_layer()
                 weight, bias = base.weight.detach(), getattr(base, "bias", None)
                 bias = None if bias is None else bias.detach()
@@ -531,6 +546,29 @@ class TorchRegistry:
                 part.unmerge()
         if self.switch.merged:
             self._update(merged=())
+
+    def forget_originals(self) -> None:
+        """What is merged stays in the base weights for good."""
+        self._originals.clear()
+        for adapter in self._adapters.values():
+            if adapter.part is not None:
+                adapter.part.originals.clear()
+
+    def clear(self) -> None:
+        """Forget all adapters; their layers are out of the model already, and biases stay as they are."""
+        self._adapters.clear()
+        self._flagged.clear()
+        self._originals.clear()
+        self._biases_of = None
+        self.switch = Switch()
+
+
+def _watched(items: Any, progressbar: bool) -> Any:
+    if not progressbar:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="Unloading and merging model")
 
 
 @contextmanager

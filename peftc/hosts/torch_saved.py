@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch_layers import Switch
+from .torch_layers import Switch, check_rows
 from .torch_stamps import module_dict
 from .torch_wrappers import inner, unwrap
 
@@ -46,8 +46,11 @@ class SavedModule(nn.Module):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
+            adapter_names = self._peftc.rows
+        if adapter_names is None:
             return self.chosen()(*args, **kwargs)
         batch, copies = args[0], self.copies()
+        check_rows(batch, adapter_names)
         parts: list[Any] = [None] * len(adapter_names)
         for name in dict.fromkeys(adapter_names):
             rows = [i for i, n in enumerate(adapter_names) if n == name]
