@@ -13,6 +13,7 @@ from .base import PreTrainedModel
 from .bert import BertForSequenceClassification, BertModel
 from .config import ModelConfig
 from .outputs import ModelOutput
+from .wordpiece import WordPieceTokenizer
 
 __all__ = [
     "BertForSequenceClassification",
@@ -20,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "ModelOutput",
     "PreTrainedModel",
+    "WordPieceTokenizer",
     "from_pretrained",
 ]
 
