@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # the names below, as type checkers read them
         inject_adapter_in_model,
         set_peft_model_state_dict,
     )
+    from .training import evaluate, train
     from .weights import load_adapter_weights
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ _EXPORTS = {
     "PeftType": "config",
     "TaskType": "config",
     "AdaLoraCallback": "_adalora",
+    "evaluate": "training",
     "load_adapter_weights": "weights",
     "manual_seed": "_random",
     "no_grad": "nn.grad_mode",
@@ -74,6 +76,7 @@ _EXPORTS = {
     "PeftModelForQuestionAnswering": "hosts.torch_peft_model",
     "PeftModelForFeatureExtraction": "hosts.torch_peft_model",
     "show_config": "_show",
+    "train": "training",
 }
 _MODULES = ("models", "nn", "optim", "safetensors")
 
@@ -87,6 +90,8 @@ __all__ = [  # noqa: RUF022  (the order of the documentation)
     "AdaLoraConfig",
     "PeftType",
     "TaskType",
+    "train",
+    "evaluate",
     "AdaLoraCallback",
     "load_adapter_weights",
     "manual_seed",

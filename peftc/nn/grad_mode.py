@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class no_grad(ContextDecorator):  # noqa: N801  (torch's name)
+class no_grad(ContextDecorator):
     """A context, or a decorator, in which forward passes of this thread save nothing, as in eval mode.
 
     Dropout is not changed: that is what `eval()` is for.

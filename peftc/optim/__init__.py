@@ -3,6 +3,7 @@
 from . import lr_scheduler
 from .adamw import AdamW
 from .clip import clip_grad_norm_, clip_grad_value_
+from .loraplus import loraplus_groups
 from .optimizer import Optimizer
 from .sgd import SGD
 
@@ -12,5 +13,6 @@ __all__ = [
     "Optimizer",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "loraplus_groups",
     "lr_scheduler",
 ]

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.peft import PeftAdapterMixin as TheirMixin
 
 import peftc
-from peftc._loraplus import loraplus_groups
+from peftc.optim import loraplus_groups
 
 STEPS = 6
 TARGETS = ["q_proj", "v_proj", "down_proj"]
