@@ -58,8 +58,9 @@ _EXPORTS = {
     "AdaLoraConfig": "config",
     "PeftType": "config",
     "TaskType": "config",
-    "AdaLoraCallback": "_adalora",
+    "train": "training",
     "evaluate": "training",
+    "AdaLoraCallback": "_adalora",
     "load_adapter_weights": "weights",
     "manual_seed": "_random",
     "no_grad": "nn.grad_mode",
@@ -76,7 +77,6 @@ _EXPORTS = {
     "PeftModelForQuestionAnswering": "hosts.torch_peft_model",
     "PeftModelForFeatureExtraction": "hosts.torch_peft_model",
     "show_config": "_show",
-    "train": "training",
 }
 _MODULES = ("models", "nn", "optim", "safetensors")
 
