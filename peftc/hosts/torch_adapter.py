@@ -41,6 +41,18 @@ class Adapter:
             layers, own, theirs = map(list, zip(*rows, strict=True))
             cls.put_all(layers, self.name, own, theirs, config)
 
+    def enlist(self, rows: Sequence[Any]) -> None:
+        """Note where the tensors are that the core's layout has `rows` of, those inside a layer's base layer too."""
+        layer_of = dict(self.layers)
+        inside: dict[str, AdaptedLayer] = {}
+        for key, path, parameter, _, _, _, saved, _ in rows:
+            if saved:
+                layer, below, own = layer_of[path].part(parameter)
+                self.keys.append((key, layer, own))
+                if below:
+                    inside[path + below] = layer
+        self.layers += inside.items()
+
     def parameters(self) -> list[Any]:
         """Its trainable parameters in the adapted layers."""
         if self.part is not None:

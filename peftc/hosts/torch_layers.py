@@ -73,6 +73,8 @@ class AdaptedLayer(nn.Module):
     other_param_names: tuple[str, ...] = ()
     #: peft_type of its adapters
     method = ""
+    #: parameters of the base layer that merging replaces
+    weight_name, bias_name = "weight", "bias"
     #: may one of its adapters be in train mode while the layer is not?
     _awake = False
     _peftc: Switch
@@ -145,6 +147,10 @@ class AdaptedLayer(nn.Module):
     def _get_available_adapters(self) -> set[str]:
         """What PEFT asks for in `get_layer_status`."""
         return set(self.adapters())
+
+    def part(self, name: str) -> "tuple[AdaptedLayer, str, str]":
+        """(layer that holds the parameter `name`, its path below this one's, the parameter's name there)."""
+        return self, "", name
 
     def train_adapter(self, name: str) -> None:
         """Put one adapter's modules in train mode, whatever the model's: Transformers promises it of a trainable load."""

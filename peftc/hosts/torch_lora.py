@@ -241,8 +241,11 @@ class Linear(LoraLayer):
 # ------------------------------------------------------------------------ convolution
 
 
-class Conv2d(LoraLayer):
-    """LoRA on nn.Conv2d: A is a convolution of the base's kernel to r channels, B a 1 × 1 one."""
+class _Convolution(LoraLayer):
+    """LoRA on a convolution: A is one of the base's kernel to r channels, B a 1 × 1 one."""
+
+    _module: type[nn.Module]
+    _apply_conv: Any
 
     def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         base: Any = self.get_base_layer()
@@ -254,8 +257,9 @@ class Conv2d(LoraLayer):
             weight = tensors[field]
             options: dict[str, Any] = {"kernel_size": 1, "bias": False, **extra}
             groups = options.get("groups", 1)
-            key = (field, weight.shape, tuple(sorted((k, str(v)) for k, v in options.items())))
-            made = stamp(key, lambda w=weight, o=options, g=groups: nn.Conv2d(w.shape[1] * g, w.shape[0], **o))
+            conv = type(self)._module
+            key = (conv, field, weight.shape, tuple(sorted((k, str(v)) for k, v in options.items())))
+            made = stamp(key, lambda w=weight, o=options, g=groups, c=conv: c(w.shape[1] * g, w.shape[0], **o))
             made._parameters["weight"] = parameter(weight)
             bias = tensors.get(f"{field}.bias")
             made._parameters["bias"] = None if bias is None else parameter(bias)
@@ -295,10 +299,29 @@ class Conv2d(LoraLayer):
         scale = self.lora_magnitude_vector[name].weight / norm
         if self._drops(name):
             x = self.lora_dropout[name](x)
-            plain = F.conv2d(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
+            conv = type(self)._apply_conv
+            plain = conv(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
         else:
-            plain = result if base.bias is None else result - base.bias.view(1, -1, 1, 1)
+            plain = result if base.bias is None else result - base.bias.view(-1, *(1,) * (base.weight.dim() - 2))
         return result + (scale - 1) * plain + scale * b(a(x)) * scaling
+
+
+class Conv1d(_Convolution):
+    """LoRA on nn.Conv1d."""
+
+    _module, _apply_conv = nn.Conv1d, staticmethod(F.conv1d)
+
+
+class Conv2d(_Convolution):
+    """LoRA on nn.Conv2d."""
+
+    _module, _apply_conv = nn.Conv2d, staticmethod(F.conv2d)
+
+
+class Conv3d(_Convolution):
+    """LoRA on nn.Conv3d."""
+
+    _module, _apply_conv = nn.Conv3d, staticmethod(F.conv3d)
 
 
 # -------------------------------------------------------------------------- embedding
@@ -357,5 +380,12 @@ class Embedding(LoraLayer):
 
 #: base class → layer class; looked up by isinstance, in order
 LAYERS: types.MappingProxyType[str, type[LoraLayer]] = types.MappingProxyType(
-    {"Linear": Linear, "Conv1D": Linear, "Conv2d": Conv2d, "Embedding": Embedding}
+    {
+        "Linear": Linear,
+        "Conv1D": Linear,
+        "Conv1d": Conv1d,
+        "Conv2d": Conv2d,
+        "Conv3d": Conv3d,
+        "Embedding": Embedding,
+    }
 )

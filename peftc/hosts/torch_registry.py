@@ -17,14 +17,18 @@ from torch import nn
 
 from .. import _core
 from .._core import AdapterRegistry
-from . import torch_adalora, torch_files, torch_ia3, torch_lora, torch_peft
+from . import torch_adalora, torch_attention, torch_files, torch_ia3, torch_lora, torch_peft
 from .torch_adapter import Adapter, tensor_of, tensors_by_module
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of
 from .torch_tree import describe, kind_of, walk
 from .torch_wrappers import place, place_of, take_out, unwrap
 
-_LAYERS: dict[str, Any] = {"LORA": torch_lora.LAYERS, "ADALORA": torch_adalora.LAYERS, "IA3": torch_ia3.LAYERS}
+_LAYERS: dict[str, Any] = {
+    "LORA": {**torch_lora.LAYERS, "MultiheadAttention": torch_attention.MultiheadAttention},
+    "ADALORA": torch_adalora.LAYERS,
+    "IA3": torch_ia3.LAYERS,
+}
 _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -39,7 +43,8 @@ class TorchRegistry:
         self._output_embedding: str | None = None
         self._biases_of: str | None = None  # the adapter whose biases are in effect
         self._flagged: set[str] = set()  # adapters whose tensors may require gradients
-        self._originals: list[tuple[Any, torch.Tensor, Any]] = []  # base layers and what merging replaced
+        #: base layers, the names of weight and bias there, and what merging replaced
+        self._originals: list[tuple[Any, tuple[str, str], torch.Tensor, Any]] = []
         self._model: Any = None
 
     @property
@@ -145,8 +150,7 @@ class TorchRegistry:
         for parent, key, layer in splices:
             parent._modules[key] = layer
         adapter.put(by_module, slots, config)
-        layer_of = dict(adapter.layers)
-        adapter.keys = [(row[0], layer_of[row[1]], row[2]) for row in tensors if row[6]]
+        adapter.enlist(tensors)
         self._enter(adapter, saved, trainable)
         return missing, unexpected
 
@@ -226,7 +230,13 @@ class TorchRegistry:
             above, _, key = path.rpartition(".")
             parent, key = place(modules[above], key)
             top = parent._modules[key]
-            cls = known[kind_of(modules[path])]
+            kind = kind_of(modules[path])
+            if kind == "MultiheadAttention" and any(slot[0] == f"{path}.out_proj" for slot in slots):
+                raise ValueError(
+                    f"{path}.out_proj is adapted with {path} already: leave it out of target_modules (its own forward pass "
+                    "is never called)"
+                )
+            cls = known[kind]
             layers[path] = top
             if type(top) is not cls:
                 new.setdefault(cls, []).append((path, parent, key, top))
@@ -248,15 +258,24 @@ class TorchRegistry:
         ]
 
     def _plan_biases(self, bias: str, adapted: set[str], saved: list[str]) -> list[Any]:
-        rows = []
+        rows: list[Any] = []
+        if bias == "none":
+            return rows
+        inside = {path for path, module in self._bound if isinstance(module, nn.MultiheadAttention)} & adapted
+        adapted = adapted | {f"{path}.out_proj" for path in inside}
         for path, module in self._bound:
-            if bias == "none" or any(path == root or path.startswith(f"{root}.") for root in saved):
+            if any(path == root or path.startswith(f"{root}.") for root in saved):
                 continue
             for field, parameter in module._parameters.items():
-                if parameter is None or "bias" not in field or (bias == "lora_only" and path not in adapted):
+                if parameter is None or "bias" not in field:
                     continue
-                middle = "base_layer." if path in adapted else ""
-                rows.append((f"{path}.{middle}{field}", module, field, parameter.detach().clone()))
+                if bias == "lora_only" and (path not in adapted or field != "bias"):
+                    continue
+                key = f"{path}.base_layer.{field}" if path in adapted else f"{path}.{field}"
+                for root in inside:  # what is inside an adapted layer is called so, too
+                    if path.startswith(f"{root}."):
+                        key = f"{root}.base_layer{key.removeprefix(root)}"
+                rows.append((key, module, field, parameter.detach().clone()))
         return rows
 
     def _plan_embeddings(self, targets: Any, adapted: list[str], modules: dict[str, Any]) -> list[Any]:
@@ -519,7 +538,9 @@ class TorchRegistry:
         with torch.no_grad():
             for path, uses in _watched(layers.items(), progressbar):
                 base: Any = uses[0][0].get_base_layer()
-                weight, bias = base.weight.detach(), getattr(base, "bias", None)
+                names = uses[0][0].weight_name, uses[0][0].bias_name
+                old, bias = getattr(base, names[0]), getattr(base, names[1], None)
+                weight = old.detach()
                 bias = None if bias is None else bias.detach()
                 for layer, name in uses:
                     weight, bias = layer.merge_into(name, weight, bias)
@@ -527,18 +548,19 @@ class TorchRegistry:
                         raise ValueError(
                             f"NaNs detected in the merged weights. The adapter {name} seems to be broken (module {path})"
                         )
-                made.append((base, weight.to(base.weight.dtype).contiguous(), bias))
-        for base, weight, bias in made:
-            self._originals.append((base, base.weight.data, getattr(base, "bias", None)))
-            base.weight.data = weight
+                made.append((base, names, weight.to(old.dtype).contiguous(), bias))
+        for base, names, weight, bias in made:
+            old = getattr(base, names[0])
+            self._originals.append((base, names, old.data, getattr(base, names[1], None)))
+            old.data = weight
             if bias is not None:
-                base.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+                setattr(base, names[1], nn.Parameter(bias.to(weight.dtype), requires_grad=False))
 
     def unmerge(self) -> None:
-        for base, weight, bias in reversed(self._originals):
-            base.weight.data = weight
-            if bias is not None or getattr(base, "bias", None) is not None:
-                base.bias = bias
+        for base, (weight_name, bias_name), weight, bias in reversed(self._originals):
+            getattr(base, weight_name).data = weight
+            if bias is not None or getattr(base, bias_name, None) is not None:
+                setattr(base, bias_name, bias)
         self._originals.clear()
         for name in reversed(self.switch.merged):
             part = self.part(name)

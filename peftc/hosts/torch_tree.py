@@ -23,6 +23,8 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def kind_of(module: nn.Module) -> str:
     """torch's class name of what the module does, "" for a module that no adapter has native code for."""
+    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+        return ""
     kind = _EXACT.get(type(module))
     if kind is not None:
         return kind
@@ -35,7 +37,14 @@ def kind_of(module: nn.Module) -> str:
     return ""
 
 
-_EXACT: dict[type, str] = {nn.Linear: "Linear", nn.Conv2d: "Conv2d", nn.Embedding: "Embedding"}
+_EXACT: dict[type, str] = {
+    nn.Linear: "Linear",
+    nn.Conv1d: "Conv1d",
+    nn.Conv2d: "Conv2d",
+    nn.Conv3d: "Conv3d",
+    nn.Embedding: "Embedding",
+    nn.MultiheadAttention: "MultiheadAttention",
+}
 
 
 def _address(tensor: Any, holders: list[Any]) -> int | None:
@@ -46,9 +55,16 @@ def _address(tensor: Any, holders: list[Any]) -> int | None:
     return int(held.data_ptr())
 
 
+def weight_of(module: Any) -> torch.Tensor:
+    """The weight that is adapted."""
+    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    weight: torch.Tensor = getattr(module, name)
+    return weight
+
+
 def home_of(module: Any) -> torch.device:
     """Where an adapter's tensors live: with the layer's weights, or, if accelerate fetches those, where it computes."""
-    device: torch.device = module.weight.device
+    device = weight_of(module).device
     hook = getattr(module, "_hf_hook", None)
     if device.type != "meta" or hook is None:
         return device
@@ -72,7 +88,9 @@ def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_
             if kind:
                 row = _described(module, kind, holders, with_values)
             else:
-                row = opaque[type(module)] = (type(module).__name__, "", "", 0, 0, None, None, False)
+                row = (type(module).__name__, "", "", 0, 0, None, None, False)
+                if not isinstance(module, nn.MultiheadAttention):  # whose kind is a matter of the instance
+                    opaque[type(module)] = row
         rows.append((name, row))
     return rows
 
@@ -81,20 +99,16 @@ def _described(module: nn.Module, kind: str, holders: list[Any], with_values: bo
     name = type(module).__name__
     parameters = module._parameters
     weight = parameters.get("weight")
-    if weight is None:  # computed: a parametrization
-        weight = module.weight
+    if weight is None:  # computed (a parametrization), or an attention's
+        weight = weight_of(module)
     bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     dtype = DTYPES.get(weight.dtype, "I8")
     address = _address(weight, holders) if with_values else None
     bias_address = _address(bias, holders) if with_values else None
-    if kind == "Conv2d":
-        module_: Any = module
-        padding = module_.padding
-        if isinstance(padding, str):
-            padding = tuple(module_._reversed_padding_repeated_twice[::-2]) if padding == "same" else (0, 0)
-        extents = (module_.in_channels, module_.out_channels)
-        geometry = (module_.kernel_size, module_.stride, tuple(padding), module_.dilation, module_.groups)
-        return (name, kind, dtype, *extents, address, bias_address, bias is not None, *geometry)
+    if kind in ("Conv1d", "Conv2d", "Conv3d"):
+        conv: Any = module
+        row = (name, kind, dtype, conv.in_channels, conv.out_channels, address, bias_address, bias is not None)
+        return (*row, conv.kernel_size, conv.groups)
     rows, columns = weight.shape
-    extents = (columns, rows) if kind == "Linear" else (rows, columns)
+    extents = (columns, rows) if kind in ("Linear", "MultiheadAttention") else (rows, columns)
     return (name, kind, dtype, *extents, address, bias_address, bias is not None)

@@ -11,6 +11,7 @@
 #include "config.h"
 #include "dtype.h"
 #include "memory.h"
+#include "module.h"
 
 struct pc_method; /* src/methods/methods.h */
 
@@ -26,7 +27,7 @@ typedef struct pc_tensor {
     int role;
     pc_dtype dtype;
     int ndim;
-    int64_t shape[4];
+    int64_t shape[PC_TENSOR_DIMS];
     size_t offset; /* into the arena */
     size_t nbytes;
     bool in_state_dict;

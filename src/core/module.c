@@ -7,19 +7,27 @@
 const char *pc_kind_name(pc_kind kind)
 {
     static const char *const names[] = {
-        [PC_CONTAINER] = "Module", [PC_LINEAR] = "Linear",       [PC_CONV1D] = "Conv1D",   [PC_CONV2D] = "Conv2d",
-        [PC_EMBEDDING] = "Embedding", [PC_LAYERNORM] = "LayerNorm", [PC_RMSNORM] = "RMSNorm",
+        [PC_CONTAINER] = "Module",      [PC_LINEAR] = "Linear",           [PC_CONV1D] = "Conv1D",
+        [PC_CONV2D] = "Conv2d",         [PC_CONV_ALONG_1] = "Conv1d",     [PC_CONV_ALONG_3] = "Conv3d",
+        [PC_EMBEDDING] = "Embedding",   [PC_LAYERNORM] = "LayerNorm",     [PC_RMSNORM] = "RMSNorm",
+        [PC_ATTENTION] = "MultiheadAttention",
     };
     size_t i = (size_t)kind;
     return i < sizeof names / sizeof *names ? names[i] : "Module";
 }
 
-int pc_module_weight_shape(const pc_module *module, int64_t shape[4])
+int pc_kind_kernel_dims(pc_kind kind)
+{
+    return kind == PC_CONV_ALONG_1 ? 1 : kind == PC_CONV2D ? 2 : kind == PC_CONV_ALONG_3 ? 3 : 0;
+}
+
+int pc_module_weight_shape(const pc_module *module, int64_t shape[PC_TENSOR_DIMS])
 {
     if (!module->has_weight)
         return 0;
     switch (module->kind) {
     case PC_LINEAR:
+    case PC_ATTENTION:
         shape[0] = module->out_features;
         shape[1] = module->in_features;
         return 2;
@@ -29,11 +37,13 @@ int pc_module_weight_shape(const pc_module *module, int64_t shape[4])
         shape[1] = module->out_features;
         return 2;
     case PC_CONV2D:
+    case PC_CONV_ALONG_1:
+    case PC_CONV_ALONG_3:
         shape[0] = module->out_features;
         shape[1] = module->groups > 0 ? module->in_features / module->groups : module->in_features;
-        shape[2] = module->kernel[0];
-        shape[3] = module->kernel[1];
-        return 4;
+        for (int d = 0; d < pc_kind_kernel_dims(module->kind); d++)
+            shape[2 + d] = module->kernel[d];
+        return 2 + pc_kind_kernel_dims(module->kind);
     case PC_LAYERNORM:
     case PC_RMSNORM:
         shape[0] = module->out_features;
@@ -46,7 +56,7 @@ int pc_module_weight_shape(const pc_module *module, int64_t shape[4])
 
 int64_t pc_module_weight_count(const pc_module *module)
 {
-    int64_t shape[4], count = 1;
+    int64_t shape[PC_TENSOR_DIMS], count = 1;
     int ndim = pc_module_weight_shape(module, shape);
     for (int d = 0; d < ndim; d++)
         count *= shape[d];

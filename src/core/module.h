@@ -19,13 +19,21 @@ typedef enum pc_kind {
     PC_LINEAR,        /* weight (out, in), bias (out) */
     PC_CONV1D,        /* GPT-2's: weight (in, out), bias (out) */
     PC_CONV2D,        /* weight (out, in/groups, kh, kw), bias (out) */
+    PC_CONV_ALONG_1,  /* torch's Conv1d: weight (out, in/groups, k); hosts with layers of their own have it */
+    PC_CONV_ALONG_3,  /* torch's Conv3d: weight (out, in/groups, kd, kh, kw); likewise */
+    PC_ATTENTION,     /* torch's MultiheadAttention: in_proj_weight (out, in) with out = 3 · in; likewise */
     PC_EMBEDDING,     /* weight (num, dim); in = num, out = dim */
     PC_LAYERNORM,     /* weight (out), bias (out) */
     PC_RMSNORM        /* weight (out) */
 } pc_kind;
 
+/* The most dimensions that a weight or an adapter's tensor has. */
+#define PC_TENSOR_DIMS 5
+
 /* "Linear", "Conv1D", …: torch's class name of a kind. */
 const char *pc_kind_name(pc_kind kind);
+/* Dimensions of a convolution's kernel, 0 for other kinds. */
+int pc_kind_kernel_dims(pc_kind kind);
 
 typedef struct pc_module {
     const char *name; /* dotted, NUL-terminated, owned by the table */
@@ -34,7 +42,8 @@ typedef struct pc_module {
     pc_kind kind;
     pc_dtype dtype; /* of weight and bias */
     int64_t in_features, out_features; /* channels for conv */
-    int64_t kernel[2], stride[2], padding[2], dilation[2]; /* conv: height, width */
+    int64_t kernel[3];                          /* conv: (depth, height,) width */
+    int64_t stride[2], padding[2], dilation[2]; /* Conv2d: height, width */
     int64_t groups;
     bool has_weight, has_bias;
     bool opaque; /* the host copies it itself for modules_to_save: the core plans no tensors for that */
@@ -45,8 +54,8 @@ typedef struct pc_module {
     const void *weight, *bias;
 } pc_module;
 
-/* weight's shape; returns the number of dimensions (0 for a container), at most 4. */
-int pc_module_weight_shape(const pc_module *module, int64_t shape[4]);
+/* weight's shape; returns the number of dimensions, 0 for a container. */
+int pc_module_weight_shape(const pc_module *module, int64_t shape[PC_TENSOR_DIMS]);
 /* Elements of weight; the host has checked that the product fits. */
 int64_t pc_module_weight_count(const pc_module *module);
 

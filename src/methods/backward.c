@@ -124,6 +124,9 @@ pc_status pc_base_backward(const pc_call *call, const void *x, const void *dy, p
         if (dw != NULL)
             pc_scatter_rows(compute, rows, out, x, call->padding_idx, dy, dw);
         break;
+    case PC_CONV_ALONG_1: /* of hosts that compute themselves */
+    case PC_CONV_ALONG_3:
+    case PC_ATTENTION:
     case PC_LAYERNORM:
     case PC_RMSNORM:
     case PC_CONTAINER:

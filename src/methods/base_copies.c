@@ -80,10 +80,9 @@ void pc_base_copies_plan(const pc_base_copies *copies, const pc_module *module, 
     for (int i = 0; i < plan->tensor_count; i++)
         has_bias = has_bias || plan->tensors[i].role == PC_ROLE_BASE_BIAS;
     if (embedding || brings(copies, module, weight_tail)) {
-        int64_t shape[4] = {0};
+        int64_t shape[PC_TENSOR_DIMS];
         int ndim = pc_module_weight_shape(module, shape);
-        pc_plan_tensor(plan, PC_ROLE_BASE_WEIGHT, module->dtype, ndim, shape[0], shape[1], shape[2], shape[3], true,
-                       false);
+        pc_plan_shaped(plan, PC_ROLE_BASE_WEIGHT, module->dtype, ndim, shape, true, false);
     }
     if (module->has_bias && !has_bias && (embedding || brings(copies, module, bias_tail)))
         pc_plan_tensor(plan, PC_ROLE_BASE_BIAS, module->dtype, 1, module->out_features, 0, 0, 0, true, false);

@@ -105,13 +105,13 @@ static pc_status plan_adapted(draft *d, const pc_method *method, const pc_config
 static pc_status plan_saved(draft *d, int32_t index, const pc_module *module, pc_error *err)
 {
     pc_slot_plan plan = {0};
-    int64_t shape[4] = {0};
+    int64_t shape[PC_TENSOR_DIMS];
     pc_status status = check_dtype(module, err);
     if (status != PC_OK)
         return status;
     int ndim = pc_module_weight_shape(module, shape);
     plan.slot.replaces = true;
-    pc_plan_tensor(&plan, PC_ROLE_SAVED_WEIGHT, module->dtype, ndim, shape[0], shape[1], shape[2], shape[3], true, true);
+    pc_plan_shaped(&plan, PC_ROLE_SAVED_WEIGHT, module->dtype, ndim, shape, true, true);
     if (module->has_bias)
         pc_plan_tensor(&plan, PC_ROLE_SAVED_BIAS, module->dtype, 1, module->out_features, 0, 0, 0, true, true);
     return add_slot(d, &plan, index, module, err);

@@ -110,6 +110,9 @@ pc_status pc_base_forward(const pc_call *call, const void *x, void *y, pc_pool *
     case PC_EMBEDDING:
         pc_gather_rows(call->rt, call->compute, call->rows, m->out_features, x, m->dtype, m->weight, y);
         return PC_OK;
+    case PC_CONV_ALONG_1: /* of hosts that compute themselves */
+    case PC_CONV_ALONG_3:
+    case PC_ATTENTION:
     case PC_LAYERNORM:
     case PC_RMSNORM:
     case PC_CONTAINER:

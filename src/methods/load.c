@@ -85,7 +85,7 @@ static pc_status check_tensor(const loader *l, const pc_tensor *tensor, const pc
     const int shown = info->name_len < 512 ? (int)info->name_len : 512;
     if (!same_shape(tensor, info)) {
         char theirs[256], ours[128];
-        uint64_t shape[4];
+        uint64_t shape[PC_TENSOR_DIMS];
         for (int d = 0; d < tensor->ndim; d++)
             shape[d] = (uint64_t)tensor->shape[d];
         shape_text(theirs, sizeof theirs, info->ndim, info->shape);

@@ -129,7 +129,7 @@ static pc_status lora_validate(const pc_config *config, pc_error *err)
 
 /* ------------------------------------------------------------------------ plan */
 
-static const char lora_kinds[] = "Linear, Conv1D, Conv2d, Embedding";
+static const char lora_kinds[] = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention";
 
 static pc_status lora_rank(const pc_config *config, const pc_module *module, pc_slot *slot, pc_error *err)
 {
@@ -169,29 +169,47 @@ static pc_status lora_check_module(const pc_config *config, const pc_module *m, 
                        config->label, p->init.text.text, slot->alpha, m->name);
     if (m->kind == PC_EMBEDDING && p->lora_bias)
         return pc_fail(err, PC_ERR_VALUE, "lora_bias=True is not supported for Embedding (module %s).", m->name);
-    if (m->kind != PC_CONV2D)
+    if (m->kind == PC_ATTENTION && p->use_dora)
+        return pc_fail(err, PC_ERR_VALUE,
+                       "MultiheadAttention does not support DoRA (yet), please set use_dora to False (module %s)", m->name);
+    if (pc_kind_kernel_dims(m->kind) == 0 && m->kind != PC_ATTENTION)
         return PC_OK;
     if (m->groups < 1 || slot->rank % m->groups != 0)
         return pc_fail(err, PC_ERR_VALUE,
-                       "Targeting a Conv2d with groups=%" PRId64 " and rank %" PRId64 ". Currently, support is limited "
+                       "Targeting a %s with groups=%" PRId64 " and rank %" PRId64 ". Currently, support is limited "
                        "to conv layers where the rank is divisible by groups. Either choose a different rank or do "
                        "not target this specific layer (%s).",
-                       m->groups, slot->rank, m->name);
+                       pc_kind_name(m->kind), m->groups, slot->rank, m->name);
     if (m->groups > 1 && p->use_dora)
-        return pc_fail(err, PC_ERR_UNSUPPORTED, "DoRA is not defined for a Conv2d with groups > 1 (module %s)",
-                       m->name);
+        return pc_fail(err, PC_ERR_UNSUPPORTED, "DoRA is not defined for a %s with groups > 1 (module %s)",
+                       pc_kind_name(m->kind), m->name);
     if (p->init.is_text && kind != LORA_INIT_GAUSSIAN)
         return pc_fail(err, PC_ERR_VALUE,
-                       "Unknown initialization init_lora_weights='%s' for Conv2d (module %s); it takes true, false and "
+                       "Unknown initialization init_lora_weights='%s' for %s (module %s); it takes true, false and "
                        "gaussian",
-                       p->init.text.text, m->name);
+                       p->init.text.text, pc_kind_name(m->kind), m->name);
     return PC_OK;
+}
+
+/* A sees every input channel, also under groups > 1: that is the shape of PEFT's files. */
+static void plan_convolution(const lora_params *p, const pc_module *m, pc_slot_plan *plan)
+{
+    const int ndim = 2 + pc_kind_kernel_dims(m->kind);
+    int64_t shape[PC_TENSOR_DIMS] = {plan->slot.rank, m->in_features, m->kernel[0], m->kernel[1], m->kernel[2]};
+    pc_plan_shaped(plan, LORA_A, m->dtype, ndim, shape, true, true);
+    int64_t point[PC_TENSOR_DIMS] = {m->out_features, plan->slot.rank / m->groups, 1, 1, 1};
+    pc_plan_shaped(plan, LORA_B, m->dtype, ndim, point, true, true);
+    int64_t per_output[PC_TENSOR_DIMS] = {1, m->out_features, 1, 1, 1};
+    if (p->use_dora)
+        pc_plan_shaped(plan, LORA_MAGNITUDE, m->dtype, ndim, per_output, true, true);
 }
 
 static pc_status lora_plan(const pc_config *config, const pc_module *m, pc_slot_plan *plan, pc_error *err)
 {
     const lora_params *p = lora_params_of(config);
-    if (m->kind != PC_LINEAR && m->kind != PC_CONV1D && m->kind != PC_CONV2D && m->kind != PC_EMBEDDING)
+    const bool convolution = pc_kind_kernel_dims(m->kind) != 0;
+    if (m->kind != PC_LINEAR && m->kind != PC_CONV1D && !convolution && m->kind != PC_EMBEDDING &&
+        m->kind != PC_ATTENTION)
         return pc_fail_kind(m, lora_kinds, err);
     pc_status status = lora_rank(config, m, &plan->slot, err);
     if (status == PC_OK)
@@ -204,19 +222,20 @@ static pc_status lora_plan(const pc_config *config, const pc_module *m, pc_slot_
     if (m->kind == PC_EMBEDDING) {
         pc_plan_tensor(plan, LORA_EMBEDDING_A, dtype, 2, r, in, 0, 0, true, true);
         pc_plan_tensor(plan, LORA_EMBEDDING_B, dtype, 2, out, r, 0, 0, true, true);
-    } else if (m->kind == PC_CONV2D) {
-        /* A sees every input channel, also under groups > 1: that is the shape of PEFT's files. */
-        pc_plan_tensor(plan, LORA_A, dtype, 4, r, in, m->kernel[0], m->kernel[1], true, true);
-        pc_plan_tensor(plan, LORA_B, dtype, 4, out, r / m->groups, 1, 1, true, true);
+    } else if (convolution) {
+        plan_convolution(p, m, plan);
     } else {
         pc_plan_tensor(plan, LORA_A, dtype, 2, r, in, 0, 0, true, true);
         pc_plan_tensor(plan, LORA_B, dtype, 2, out, r, 0, 0, true, true);
     }
+    if (m->kind == PC_ATTENTION) {
+        pc_plan_tensor(plan, LORA_OUT_A, dtype, 2, r, in, 0, 0, true, true);
+        pc_plan_tensor(plan, LORA_OUT_B, dtype, 2, in, r, 0, 0, true, true);
+        return PC_OK; /* PEFT has no biases here, whatever lora_bias says */
+    }
     if (p->lora_bias)
         pc_plan_tensor(plan, LORA_B_BIAS, dtype, 1, out, 0, 0, 0, true, true);
-    if (p->use_dora && m->kind == PC_CONV2D)
-        pc_plan_tensor(plan, LORA_MAGNITUDE, dtype, 4, 1, out, 1, 1, true, true);
-    else if (p->use_dora)
+    if (p->use_dora && !convolution)
         pc_plan_tensor(plan, LORA_MAGNITUDE, dtype, 1, out, 0, 0, 0, true, true);
     if (m->kind != PC_EMBEDDING && lora_init_subtracts(lora_init_kind(&p->init, &niter))) {
         plan->slot.subtracts = true;
@@ -235,6 +254,8 @@ static const pc_role_name lora_roles[] = {
     {LORA_MAGNITUDE, "lora_magnitude_vector", ".weight", true},
     {LORA_INITIAL_A, "lora_initial_A", "", false},
     {LORA_INITIAL_B, "lora_initial_B", "", false},
+    {LORA_OUT_A, "base_layer.out_proj.lora_A", ".weight", false},
+    {LORA_OUT_B, "base_layer.out_proj.lora_B", ".weight", false},
 };
 
 /* --------------------------------------------------------------------- factors */

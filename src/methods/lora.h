@@ -1,7 +1,8 @@
 /* What the files of LoRA share.
  *
  * y += s · B·A·x with A (r, in) and B (out, r); s = alpha / r, or alpha / √r with rsLoRA.
- * Conv2d: A is a convolution of the base's kernel to r channels, B a 1×1 one (grouped like the base).
+ * Convolutions: A is one of the base's kernel to r channels, B a 1×1 one (grouped like the base).
+ * Attention: a pair for the projections of query, key and value together, and one for the output's.
  * Embedding: A (r, num) is looked up by column, B (dim, r). */
 #ifndef PEFTC_METHODS_LORA_H
 #define PEFTC_METHODS_LORA_H
@@ -28,7 +29,10 @@ enum {
      * product from the base weight once and for all; here the base weight stays
      * as it is, and the product is subtracted while the adapter is active. */
     LORA_INITIAL_A,
-    LORA_INITIAL_B
+    LORA_INITIAL_B,
+    /* attention: those of out_proj; A and B are those of in_proj_weight */
+    LORA_OUT_A,
+    LORA_OUT_B
 };
 
 typedef enum lora_init {

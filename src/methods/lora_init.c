@@ -12,7 +12,7 @@ static pc_rng stream(pc_rng rng, int role)
     return rng;
 }
 
-/* torch's default for the weight and bias of Linear and Conv2d: uniform in ±1/√fan_in. */
+/* torch's default for the weight and bias of linear layers and convolutions: uniform in ±1/√fan_in. */
 static void fill_default(pc_runtime *rt, pc_rng rng, const pc_adapter *adapter, const pc_tensor *tensor, int64_t fan_in)
 {
     const double bound = fan_in > 0 ? 1.0 / sqrt((double)fan_in) : 0.0;
@@ -281,6 +281,9 @@ static pc_status init_factors(pc_runtime *rt, const pc_adapter *adapter, const p
         return init_orthogonal(rt, adapter, slot, a, b, rng, scratch, err);
     else
         init_random(rt, adapter, slot, a, b, rng, kind);
+    const pc_tensor *out_a = pc_slot_tensor(adapter, slot, LORA_OUT_A);
+    if (out_a != NULL)
+        init_random(rt, adapter, slot, out_a, pc_slot_tensor(adapter, slot, LORA_OUT_B), rng, kind);
     return PC_OK;
 }
 

@@ -70,6 +70,9 @@ typedef struct pc_slot_plan {
 /* Append a tensor to a plan; dims not used are 0. */
 void pc_plan_tensor(pc_slot_plan *plan, int role, pc_dtype dtype, int ndim, int64_t d0, int64_t d1, int64_t d2,
                     int64_t d3, bool in_state_dict, bool trainable);
+/* The same for any number of dimensions. */
+void pc_plan_shaped(pc_slot_plan *plan, int role, pc_dtype dtype, int ndim, const int64_t *shape, bool in_state_dict,
+                    bool trainable);
 
 typedef struct pc_method {
     pc_schema schema;

@@ -2,15 +2,20 @@
 
 #include <math.h>
 
+void pc_plan_shaped(pc_slot_plan *plan, int role, pc_dtype dtype, int ndim, const int64_t *shape, bool in_state_dict,
+                    bool trainable)
+{
+    pc_tensor tensor = {
+        .role = role, .dtype = dtype, .ndim = ndim, .in_state_dict = in_state_dict, .trainable = trainable};
+    for (int d = 0; d < ndim; d++)
+        tensor.shape[d] = shape[d];
+    plan->tensors[plan->tensor_count++] = tensor;
+}
+
 void pc_plan_tensor(pc_slot_plan *plan, int role, pc_dtype dtype, int ndim, int64_t d0, int64_t d1, int64_t d2,
                     int64_t d3, bool in_state_dict, bool trainable)
 {
-    plan->tensors[plan->tensor_count++] = (pc_tensor){.role = role,
-                                                      .dtype = dtype,
-                                                      .ndim = ndim,
-                                                      .shape = {d0, d1, d2, d3},
-                                                      .in_state_dict = in_state_dict,
-                                                      .trainable = trainable};
+    pc_plan_shaped(plan, role, dtype, ndim, (const int64_t[]){d0, d1, d2, d3}, in_state_dict, trainable);
 }
 
 pc_status pc_fail_kind(const pc_module *module, const char *kinds, pc_error *err)

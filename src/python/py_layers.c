@@ -207,7 +207,7 @@ static int set_parameter(peftc_layer_object *self, PyObject **place, PyObject *v
 
 int peftc_layer_weight_shape(const peftc_layer_object *self, npy_intp shape[4])
 {
-    int64_t dims[4];
+    int64_t dims[PC_TENSOR_DIMS]; /* layers of ours have at most 4 */
     int ndim = pc_module_weight_shape(&self->core, dims);
     for (int d = 0; d < ndim; d++)
         shape[d] = (npy_intp)dims[d];

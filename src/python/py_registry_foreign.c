@@ -14,7 +14,8 @@ static const struct {
 } foreign_kinds[] = {
     {"", PC_CONTAINER},         {"Linear", PC_LINEAR},       {"Conv1D", PC_CONV1D},
     {"Conv2d", PC_CONV2D},      {"Embedding", PC_EMBEDDING}, {"LayerNorm", PC_LAYERNORM},
-    {"RMSNorm", PC_RMSNORM},
+    {"RMSNorm", PC_RMSNORM},    {"Conv1d", PC_CONV_ALONG_1}, {"Conv3d", PC_CONV_ALONG_3},
+    {"MultiheadAttention", PC_ATTENTION},
 };
 
 static int kind_from_name(const char *name, pc_kind *kind)
@@ -35,26 +36,39 @@ static int check_geometry(const pc_module *entry)
     int64_t product;
     bool fits = entry->in_features >= 0 && entry->out_features >= 0 && entry->groups >= 1 &&
                 !__builtin_mul_overflow(entry->in_features, entry->out_features, &product);
-    for (int d = 0; d < 2 && fits && entry->kind == PC_CONV2D; d++)
-        fits = entry->kernel[d] >= 1 && entry->stride[d] >= 1 && entry->padding[d] >= 0 && entry->dilation[d] >= 1 &&
-               !__builtin_mul_overflow(product, entry->kernel[d], &product);
+    for (int d = 0; d < pc_kind_kernel_dims(entry->kind) && fits; d++)
+        fits = entry->kernel[d] >= 1 && !__builtin_mul_overflow(product, entry->kernel[d], &product);
+    if (entry->kind == PC_ATTENTION)
+        fits = fits && entry->in_features <= INT64_MAX / 3 && entry->out_features == 3 * entry->in_features;
     if (fits && product <= PTRDIFF_MAX / 8)
         return 0;
     PyErr_Format(PyExc_ValueError, "module %s has impossible extents", entry->name);
     return -1;
 }
 
+static int read_kernel(PyObject *kernel, pc_module *entry)
+{
+    const int dims = pc_kind_kernel_dims(entry->kind);
+    if (dims == 0)
+        return 0;
+    if (kernel == NULL || !PyTuple_Check(kernel) || PyTuple_GET_SIZE(kernel) != dims) {
+        PyErr_Format(PyExc_ValueError, "a %s needs a kernel of %d extents", pc_kind_name(entry->kind), dims);
+        return -1;
+    }
+    for (int d = 0; d < dims; d++)
+        entry->kernel[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(kernel, d));
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 int registry_describe_foreign(PyObject *row, pc_module *entry)
 {
     const char *class_name, *kind, *dtype;
-    PyObject *weight, *bias, *has_bias;
-    long long in, out, geometry[9] = {1, 1, 1, 1, 0, 0, 1, 1, 1};
+    PyObject *weight, *bias, *has_bias, *kernel = NULL;
+    long long in, out, groups = 1;
     if (!PyArg_ParseTuple(row,
-                          "sssLLOOO|(LL)(LL)(LL)(LL)L;a foreign module is (class name, kind, dtype, in, out, weight's "
-                          "address, bias's address, has bias[, kernel, stride, padding, dilation, groups])",
-                          &class_name, &kind, &dtype, &in, &out, &weight, &bias, &has_bias, &geometry[0], &geometry[1],
-                          &geometry[2], &geometry[3], &geometry[4], &geometry[5], &geometry[6], &geometry[7],
-                          &geometry[8]) ||
+                          "sssLLOOO|OL;a foreign module is (class name, kind, dtype, in, out, weight's address, bias's "
+                          "address, has bias[, kernel, groups])",
+                          &class_name, &kind, &dtype, &in, &out, &weight, &bias, &has_bias, &kernel, &groups) ||
         kind_from_name(kind, &entry->kind) < 0)
         return -1;
     entry->opaque = true;
@@ -66,18 +80,12 @@ int registry_describe_foreign(PyObject *row, pc_module *entry)
     entry->out_features = out;
     entry->has_weight = true;
     entry->has_bias = PyObject_IsTrue(has_bias) == 1;
-    for (int d = 0; d < 2; d++) {
-        entry->kernel[d] = geometry[d];
-        entry->stride[d] = geometry[2 + d];
-        entry->padding[d] = geometry[4 + d];
-        entry->dilation[d] = geometry[6 + d];
-    }
-    entry->groups = geometry[8];
+    entry->groups = groups;
     if (weight != Py_None)
         entry->weight = PyLong_AsVoidPtr(weight);
     if (bias != Py_None)
         entry->bias = PyLong_AsVoidPtr(bias);
-    return PyErr_Occurred() ? -1 : check_geometry(entry);
+    return PyErr_Occurred() || read_kernel(kernel, entry) < 0 ? -1 : check_geometry(entry);
 }
 
 /* ---------------------------------------------------------------------- layout */

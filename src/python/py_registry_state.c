@@ -40,7 +40,7 @@ PyObject *registry_arena(peftc_state *state, pc_arena *arena)
 
 static PyObject *tensor_array(peftc_state *state, const pc_adapter *adapter, const pc_tensor *tensor, PyObject *owner)
 {
-    npy_intp shape[4];
+    npy_intp shape[PC_TENSOR_DIMS];
     for (int d = 0; d < tensor->ndim; d++)
         shape[d] = (npy_intp)tensor->shape[d];
     return peftc_array_over(state, tensor->dtype, tensor->ndim, shape, pc_tensor_data(adapter, tensor), owner, 1);
@@ -230,7 +230,7 @@ static pc_status collect_views(registry_object *self, const pc_adapter *adapter,
         if (status != PC_OK)
             return status;
         char *name = pc_pool_alloc(&out->pool, prefix_len + key.len + 1);
-        uint64_t *shape = pc_pool_array(&out->pool, 4, sizeof *shape);
+        uint64_t *shape = pc_pool_array(&out->pool, PC_TENSOR_DIMS, sizeof *shape);
         if (name == NULL || shape == NULL)
             return pc_fail_nomem(err, "a tensor's name");
         memcpy(name, prefix, prefix_len);

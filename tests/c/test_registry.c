@@ -45,7 +45,7 @@ TEST(modules_are_found_by_name)
     CHECK(pc_module_table_find(table, "nothing", 7) == NULL);
     pc_module again = table->items[1];
     CHECK_STATUS(pc_module_table_add(pc_registry_modules(m.registry), &again, NULL, &err), PC_ERR_VALUE);
-    int64_t shape[4];
+    int64_t shape[PC_TENSOR_DIMS];
     CHECK_INT(pc_module_weight_shape(module_of(&m, "grouped"), shape), 4);
     CHECK(shape[0] == 6 && shape[1] == 2 && shape[2] == 3 && shape[3] == 2);
     CHECK_INT(pc_module_weight_shape(module_of(&m, "head"), shape), 0);

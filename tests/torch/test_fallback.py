@@ -42,8 +42,9 @@ NEEDS_PEFT = {
     "loha": lambda: peft.LoHaConfig(target_modules=["lm_head"], init_weights=False),
     "vera": lambda: peft.VeraConfig(target_modules=["c_fc"], save_projection=False),
     "layer norm": lambda: peft.LNTuningConfig(target_modules=["ln_1"]),
-    "conv1d": lambda: peft.LoraConfig(target_modules=["extra", "c_fc"], init_lora_weights=False),
-    "attention": lambda: peft.LoraConfig(target_modules=["attention", "c_fc"], init_lora_weights=False),
+    "attention": lambda: peft.LoraConfig(
+        target_modules=["attention", "c_fc"], trainable_token_indices={"wte": [1]}, init_lora_weights=False
+    ),
     "parameters": lambda: peft.LoraConfig(target_modules=[], target_parameters=["lm_head.weight"]),
     "token rows": lambda: peft.LoraConfig(target_modules=["c_fc"], trainable_token_indices={"wte": [1]}),
 }
@@ -90,13 +91,15 @@ def test_save_and_load(tmp_path):
 
 def test_configs_of_peftc_and_dicts(tmp_path):
     model = make()
-    model.add_adapter(peftc.LoraConfig(target_modules=["extra", "c_fc"], init_lora_weights=False), "one")
+    model.add_adapter(
+        peftc.LoraConfig(target_modules=["extra"], trainable_token_indices={"wte": [1]}, init_lora_weights=False), "one"
+    )
     model.add_adapter(peftc.LoraConfig(target_modules=["c_fc"]), adapter_name="two")
     assert by_peft(model) and isinstance(model.peft_config["one"], peft.LoraConfig)
     state = model.get_adapter_state_dict("one")
     model.set_adapter("one")
     again = make()
-    fields = {"peft_type": "LORA", "target_modules": ["extra", "c_fc"]}
+    fields = {"peft_type": "LORA", "target_modules": ["extra"], "trainable_token_indices": {"wte": [1]}}
     again.load_adapter(peft_config=fields, adapter_state_dict=state)
     assert by_peft(again) and torch.equal(logits(again), logits(model))
 

@@ -83,7 +83,13 @@ FOREIGN = {
         target_modules=["fc"], trainable_token_indices={"embed": [1, 4]}, r=2, init_lora_weights=False, **k),
     "tokens": lambda **k: peft.TrainableTokensConfig(target_modules=["embed"], token_indices=[2, 5], init_weights=False, **k),
 }  # fmt: skip
-LORA = lambda **k: peft.LoraConfig(target_modules=["fc", "up", "embed"], r=3, init_lora_weights=False, **k)
+
+
+def lora(**k):
+    """What peftc makes."""
+    return peft.LoraConfig(target_modules=["fc", "up", "embed"], r=3, init_lora_weights=False, **k)
+
+
 every_kind = pytest.mark.parametrize("kind", FOREIGN)
 
 
@@ -145,7 +151,7 @@ def test_beside_adapters_of_peftc(kind):
     model = make()
     base = run(model)
     plain = kinds(model)
-    model.add_adapter(LORA(), "ours")
+    model.add_adapter(lora(), "ours")
     draw(model, "ours")
     ours = run(model)
     model.add_adapter(FOREIGN[kind](), "other")
@@ -168,7 +174,7 @@ def test_beside_adapters_of_peftc(kind):
     model.enable_adapters()
     assert torch.equal(run(model), other)
 
-    model.add_adapter(LORA(), "third")
+    model.add_adapter(lora(), "third")
     model.set_adapter("other")
     assert torch.equal(run(model), other)
     model.delete_adapter("ours")
@@ -190,7 +196,7 @@ def test_state_dict_is_pefts(kind):
     else:
         expected = theirs.get_adapter_state_dict("x")
     model = make()
-    model.add_adapter(LORA(), "x2")
+    model.add_adapter(lora(), "x2")
     model.add_adapter(FOREIGN[kind](), "x")
     state = model.get_adapter_state_dict("x")
     assert set(state) == set(expected)
@@ -203,7 +209,7 @@ def test_state_dict_is_pefts(kind):
 def test_saved_and_loaded(kind, tmp_path):
     """A folder of ours gives the same outputs under PEFT alone, and in a model with adapters of peftc."""
     model = make()
-    model.add_adapter(LORA(), "x2")
+    model.add_adapter(lora(), "x2")
     model.add_adapter(FOREIGN[kind](), "x")
     draw(model, "x")
     expected = run(model)
@@ -216,7 +222,7 @@ def test_saved_and_loaded(kind, tmp_path):
     ):  # whose bank of vectors, and order of names, the mixin of Transformers loses
         assert torch.allclose(run(theirs), expected, atol=1e-6)
     again = make()
-    again.add_adapter(LORA(), "x")
+    again.add_adapter(lora(), "x")
     again.load_adapter(str(tmp_path), adapter_name="y")
     assert again.active_adapters() == (["x", "y"] if kind in OTHER_FAMILY else ["y"])
     again.set_adapter("y")
@@ -236,7 +242,7 @@ OTHER_FAMILY = set(FOREIGN) - {"quantized", "parameters", "token rows"}
 @every_kind
 def test_refused_leaves_no_trace(kind):
     model = make()
-    model.add_adapter(LORA(), "ours")
+    model.add_adapter(lora(), "ours")
     model.add_adapter(FOREIGN[kind](), "first")
     state = dict(model.get_adapter_state_dict("first"))
     key = next(iter(state))
@@ -269,7 +275,7 @@ REFUSED = {
 @pytest.mark.parametrize("config", REFUSED.values(), ids=REFUSED)
 def test_what_peft_refuses_leaves_no_trace(config):
     model = make()
-    model.add_adapter(LORA(modules_to_save=["head"]), "ours")
+    model.add_adapter(lora(modules_to_save=["head"]), "ours")
     model.add_adapter(FOREIGN["vera"](), "vera")
     model.add_adapter(FOREIGN["parameters"](), "params")
     model.set_adapter(["ours", "vera"])
@@ -285,7 +291,7 @@ def test_what_peft_refuses_leaves_no_trace(config):
 @every_kind
 def test_merging_is_exact(kind):
     model = make()
-    model.add_adapter(LORA(), "ours")
+    model.add_adapter(lora(), "ours")
     draw(model, "ours")
     model.add_adapter(FOREIGN[kind](), "other")
     draw(model, "other")
@@ -302,7 +308,7 @@ def test_merging_is_exact(kind):
 @every_kind
 def test_survives_copies(kind):
     model = make()
-    model.add_adapter(LORA(), "ours")
+    model.add_adapter(lora(), "ours")
     model.add_adapter(FOREIGN[kind](), "other")
     draw(model, "other")
     expected = run(model)
@@ -321,7 +327,7 @@ def test_head_and_biases_of_an_adapter_that_peft_makes(kind, tmp_path):
     extra = {"modules_to_save": ["head"]} | ({"bias": "all"} if kind == "quantized" else {})
     model = make()
     base = run(model)
-    model.add_adapter(LORA(), "ours")
+    model.add_adapter(lora(), "ours")
     model.add_adapter(FOREIGN[kind](**extra), "other")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"head.modules_to_save.other.weight", "head.modules_to_save.other.bias"} <= trained
@@ -335,7 +341,7 @@ def test_head_and_biases_of_an_adapter_that_peft_makes(kind, tmp_path):
     assert torch.equal(run(model), expected)
     model.save_adapter(tmp_path, "other")
     again = make()
-    again.add_adapter(LORA(), "ours")
+    again.add_adapter(lora(), "ours")
     again.load_adapter(str(tmp_path), adapter_name="back")
     again.set_adapter("back")
     assert torch.equal(run(again), expected)
@@ -364,7 +370,7 @@ def test_vera_twice():
 def test_order_given():
     model = make()
     model.add_adapter(FOREIGN["loha"](), "a")
-    model.add_adapter(LORA(), "b")
+    model.add_adapter(lora(), "b")
     model.add_adapter(peft.IA3Config(target_modules=["fc"], feedforward_modules=[]), "c")
     model.set_adapter(["b", "c", "a"])
     assert model.active_adapters() == ["b", "c", "a"]
