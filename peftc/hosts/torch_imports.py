@@ -8,7 +8,7 @@ from typing import Any
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
     """Call `action` now if the module is there, else once it is. It is not imported for that."""
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:
         action()
     else:
         sys.meta_path.insert(0, _Waiting(name, action))
