@@ -92,6 +92,8 @@ class AdapterRegistry:
         """Plan, allocate and fill a new adapter from a weights file (.safetensors or .bin) or a dict of arrays.
         Returns (missing keys, unexpected keys). It is listed but not active. All or nothing."""
     def remove(self, name: str, /) -> None: ...
+    def replace(self, name: str, incoming: str, /) -> None:
+        """Let an inactive adapter take another's name and place, among the active ones too. All or nothing."""
     def activate(self, names: Sequence[str], /) -> None:
         """Make exactly these adapters active, in this order. O(1) in modules and adapters. All or nothing."""
     def active(self) -> list[str]: ...

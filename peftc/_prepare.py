@@ -243,3 +243,12 @@ def name_in_model(key: str, adapter: str, prefix: str) -> str:
         if part.startswith(prefix):
             return ".".join([*parts[: i + 1], adapter, *parts[i + 1 :]])
     return key
+
+
+def name_in_file(name: str, adapter: str, prefix: str) -> str:
+    """The way back: "a.lora_A.NAME.weight" → "a.lora_A.weight"."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.startswith(prefix) and parts[i + 1] == adapter:
+            return ".".join([*parts[: i + 1], *parts[i + 2 :]])
+    return name

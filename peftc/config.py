@@ -59,6 +59,13 @@ class PeftType(str, Enum):
     C3A = "C3A"
 
 
+#: Fields that PEFT has got since 0.17.1, whose fields the classes below have, up to 0.21.2.
+_LATER_FIELDS = frozenset(
+    ("peft_version", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "lora_ga_config",
+     "velora_config", "monteclora_config", "ensure_weight_tying")
+)  # fmt: skip
+
+
 class TaskType(str, Enum):
     """What the model is for. Only SEQ_CLS matters to adapters: "all-linear" then leaves the classifier alone."""
 
@@ -236,6 +243,9 @@ class PeftConfig(_Fields):
         """
         target = _class_of(kwargs["peft_type"]) if "peft_type" in kwargs else cls
         known = {f.name for f in fields(target)}
+        # Unset, a later field changes nothing; set, it was refused by name when the text was checked.
+        kwargs = {key: value for key, value in kwargs.items() if key in known or key not in _LATER_FIELDS or value}
+        kwargs.pop("peft_version", None)
         unexpected = sorted(set(kwargs) - known)
         if not unexpected:
             return target(**kwargs)

@@ -89,14 +89,15 @@ class AdapterFiles:
         """
         return self._find([CONFIG_NAME], self._no_config)
 
-    def weights(self) -> str:
-        """Path of adapter_model.safetensors or else of adapter_model.bin, downloaded if need be.
+    def weights(self, prefer_bin: bool = False) -> str:
+        """Path of adapter_model.safetensors or else of adapter_model.bin, downloaded if need be; or the other way round.
 
         Raises:
             ValueError: there is neither.
             OSError: as `config`.
         """
-        return self._find([SAFETENSORS_NAME, BIN_NAME], self._no_weights)
+        names = [BIN_NAME, SAFETENSORS_NAME] if prefer_bin else [SAFETENSORS_NAME, BIN_NAME]
+        return self._find(names, self._no_weights)
 
     # ------------------------------------------------------------------ looking
 

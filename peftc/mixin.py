@@ -8,11 +8,12 @@ done by the C core (`peftc._core.AdapterRegistry`); a method here checks names, 
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeAlias, Union
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypeAlias, TypeVar, Union
 
 from . import _core, _prepare
 from ._core import AdapterRegistry
+from .hosts.generation import adapter_logger
 
 if TYPE_CHECKING:
 
@@ -28,11 +29,17 @@ _PREFIX = "base_model.model."
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def _logger() -> Any:
-    """Transformers' logger for adapters, by name: filters and tests that know it go on working."""
-    import logging
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
-    return logging.getLogger("transformers.integrations.peft")
+
+def _as_documented(method: _Method) -> _Method:
+    """Show `inspect` the documented signature alone: what is keyword-only came with Transformers 5."""
+    import inspect
+
+    signature = inspect.signature(method)
+    kept = [one for one in signature.parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    method.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return method
 
 
 class _Attachment:
@@ -109,6 +116,7 @@ def make_adapter(
     if trainable is None:
         trainable = not config.inference_mode
     try:
+        host.generation(model).check(model, config)
         if source is None:
             registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
         else:
@@ -151,11 +159,14 @@ class PeftAdapterMixin:
     """
 
     _hf_peft_config_loaded: bool = False
+    _hotswap_enabled: bool = False
+    _prepare_peft_hotswap_kwargs: Optional[dict[str, Any]] = None
     _peftc_attachment: Optional[_Attachment] = None
     peft_config: dict[str, Any]
 
     # ------------------------------------------------------------ new adapters
 
+    @_as_documented
     def load_adapter(
         self,
         peft_model_id: Optional[str] = None,
@@ -171,6 +182,10 @@ class PeftAdapterMixin:
         low_cpu_mem_usage: bool = False,
         is_trainable: bool = False,
         adapter_kwargs: Optional[dict[str, Any]] = None,
+        *,
+        hotswap: Union[bool, Literal["auto"]] = "auto",
+        local_files_only: bool = False,
+        load_config: Any = None,
     ) -> None:
         """Load an adapter from a folder, from the Hub or from a state dict, and activate it.
 
@@ -196,6 +211,15 @@ class PeftAdapterMixin:
             adapter_kwargs: subfolder, cache_dir, local_files_only, force_download, revision, token, proxies and the like for
                 the download; `device`; `key_mapping`, a dict of regular expression → replacement that renames tensors
                 (the first that matches counts). The dict is not changed.
+            hotswap: give the LoRA adapter of this name, which must be there, the new weights in the place of its own. Its
+                parameters stay the same objects, what is active stays so, and a model compiled with torch.compile after
+                `enable_peft_hotswap` is not compiled again. "auto": True after `enable_peft_hotswap` if the name is taken.
+            local_files_only: look for Hub files in the cache alone.
+            load_config: a `LoadStateDictConfig` of Transformers 5: where files are, in which format, how tensors are
+                renamed.
+
+        On a model of Transformers 5 `is_trainable` decides with `peft_config`, too, and what was missing and unexpected is
+        returned and logged as a report.
 
         Raises:
             ValueError: the name is taken; nothing to load was given; files are missing; target modules, shapes or values do
@@ -207,22 +231,31 @@ class PeftAdapterMixin:
 
         Missing and unexpected tensors are logged as warnings (logger "transformers.integrations.peft").
         """
-        name = self._new_name(adapter_name)
-        options = dict(adapter_kwargs) if adapter_kwargs else {}
+        name = _prepare.check_name(adapter_name)
+        swap = self._swaps(name, hotswap)
+        if not swap:
+            self._new_name(name)
+        attached = self._attachment()
+        generation = attached.host.generation(self)
+        reading = generation.load_config(load_config)
+        options = {**reading.download, **(adapter_kwargs or {})}
         key_mapping = options.pop("key_mapping", None)
+        if peft_model_id is None:
+            peft_model_id = reading.location
         if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
             raise ValueError(
                 "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
             )
-        attached = self._attachment()
         attached.host.check_device(device_map, "device_map")
         attached.host.check_device(options.pop("device", None), 'adapter_kwargs["device"]')
         if revision is not None and options.setdefault("revision", revision) != revision:
-            _logger().error(
+            adapter_logger().error(
                 "You passed a `revision` argument both in `adapter_kwargs` and as a standalone argument. "
                 "The one in `adapter_kwargs` will be used."
             )
         options.setdefault("token", token)
+        if local_files_only:
+            options["local_files_only"] = True
 
         source: Any = adapter_state_dict
         label = "config"
@@ -234,14 +267,66 @@ class PeftAdapterMixin:
                 label = files.config()
                 config = _read_config(label, attached.host)
                 config.inference_mode = not is_trainable
-            source = files.weights()
+            if adapter_state_dict is None:
+                source = files.weights(reading.prefer_bin)
         if peft_config is not None:
             config = _as_config(peft_config, "peft_config", attached.host)
+        if not isinstance(source, str):
+            source = _read_weights(source)
+        source = generation.weights(self, source, name, config, reading.conversions)
         if key_mapping or not isinstance(source, str):
             source = _renamed(_read_weights(source), key_mapping, attached.host)
 
         origin = peft_model_id if peft_model_id is not None else "state_dict"
-        self._attach(attached, name, config, label, source, origin)
+        mode = config.inference_mode
+        if generation.argument_decides:
+            config.inference_mode = not is_trainable
+        try:
+            attach = self._swap if swap else self._attach
+            missing, unexpected = attach(attached, name, config, label, source)
+        except BaseException:
+            config.inference_mode = mode
+            raise
+        missing, unexpected = _names_in_model(attached.registry, name, missing, unexpected)
+        report = generation.report(self, origin, missing, unexpected)
+        if config.inference_mode:
+            attached.host.to_eval(self)
+        return report  # type: ignore[no-any-return]
+
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """Let LoRA adapters that are loaded from now on be swapped for others of any rank up to `target_rank`, also in a
+        model that torch.compile has compiled in between.
+
+        Their tensors get room for that rank, filled with zeros; what is saved, and `get_adapter_state_dict`, stay without.
+        From now on `load_adapter` with a name that is taken swaps (`hotswap`). Swapping without this call works in a
+        model that is not compiled, or between adapters of the same ranks and scalings. NumPy models need no room.
+
+        Args:
+            target_rank: the highest rank that any of the adapters has.
+            check_compiled: what to do if there are adapters already, which get no room: "error", "warn" (log it) or
+                "ignore".
+
+        Raises:
+            RuntimeError: there are adapters, and check_compiled is "error".
+            ValueError: another check_compiled; a target_rank below 1.
+        """
+        if self._hf_peft_config_loaded:
+            if check_compiled == "error":
+                raise RuntimeError("Call `enable_peft_hotswap` before loading the first adapter.")
+            if check_compiled == "warn":
+                adapter_logger().warning(
+                    "It is recommended to call `enable_peft_hotswap` before loading the first adapter to avoid recompilation."
+                )
+            elif check_compiled != "ignore":
+                raise ValueError(
+                    f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
+                )
+        if not isinstance(target_rank, int) or target_rank < 1:
+            raise ValueError(f"target_rank is the highest rank of an adapter, at least 1; got {target_rank!r}")
+        self._hotswap_enabled = True
+        self._prepare_peft_hotswap_kwargs = {"target_rank": target_rank, "check_compiled": check_compiled}
 
     def add_adapter(  # type: ignore[no-untyped-def]  # as documented
         self, adapter_config, adapter_name: Optional[str] = None
@@ -264,7 +349,20 @@ class PeftAdapterMixin:
         name = self._new_name(adapter_name)
         if not _is_config(adapter_config):
             raise TypeError(f"adapter_config should be an instance of PeftConfig. Got {type(adapter_config)} instead.")
-        self._attach(self._attachment(), name, adapter_config, "config", None, None)
+        self._attach(self._attachment(), name, adapter_config, "config", None)
+
+    def _swaps(self, name: str, hotswap: Any) -> bool:
+        """Does a load under this name swap an adapter's weights?"""
+        there = self._hf_peft_config_loaded and name in self.peft_config
+        if hotswap == "auto":
+            hotswap = there and self._hotswap_enabled
+        if hotswap and not there:
+            raise ValueError(
+                "To hotswap an adapter, there must already be an existing adapter with the same adapter name."
+            )
+        if hotswap and _prepare.method_of(self.peft_config[name]) != "LORA":
+            raise ValueError("Hotswapping is currently only supported for LoRA, please set `hotswap=False`.")
+        return bool(hotswap)
 
     def _new_name(self, adapter_name: Optional[str]) -> str:
         name = _prepare.check_name(adapter_name)
@@ -282,9 +380,11 @@ class PeftAdapterMixin:
         return attached
 
     def _attach(
-        self, attached: _Attachment, name: str, config: Any, label: str, source: Any, origin: Optional[Any]
-    ) -> None:
-        """Make adapter `name` from `config`, fresh (source None) or filled from source, and activate it."""
+        self, attached: _Attachment, name: str, config: Any, label: str, source: Any
+    ) -> tuple[list[str], list[str]]:
+        """Make adapter `name` from `config`, fresh (source None) or filled from source, and activate it.
+
+        Returns the state-dict keys that were missing and those that were not wanted."""
         with attached.lock:
             registry, host = attached.registry, attached.host
             adding = source is None
@@ -297,6 +397,8 @@ class PeftAdapterMixin:
                 settled["base_model_name_or_path"] = self.__dict__.get("name_or_path", None)
             merged = registry.merged()
             try:
+                if not adding and self._prepare_peft_hotswap_kwargs:
+                    host.make_room(registry, name, self._prepare_peft_hotswap_kwargs["target_rank"])
                 kept = [] if adding else _stay_active(registry, name)
                 registry.activate([*kept, name])
             except BaseException:
@@ -316,11 +418,31 @@ class PeftAdapterMixin:
             host.activation_changed(self, registry)
             if merged:
                 _warn_unmerged(merged, f"adapter {name} was activated", 4)
+        return missing, unexpected
 
-        if missing or unexpected:
-            _report_keys(registry, name, origin, missing, unexpected)
-        if not adding and config.inference_mode:
-            attached.host.to_eval(self)
+    def _swap(
+        self, attached: _Attachment, name: str, config: Any, label: str, source: Any
+    ) -> tuple[list[str], list[str]]:
+        """Give adapter `name` the weights from source and the config; returns keys as `_attach` does."""
+        with attached.lock:
+            registry, host = attached.registry, attached.host
+            if _prepare.method_of(config) != "LORA":
+                raise ValueError("Hotswapping is currently only supported for LoRA, please set `hotswap=False`.")
+            others = {other: one for other, one in self.peft_config.items() if other != name}
+            merged = registry.merged()
+            made: MadeAdapter = host.replace(
+                registry, name, lambda new: make_adapter(attached, self, new, config, others, label, source)
+            )
+            for field, value in made.settled.items():
+                setattr(made.config, field, value)
+            self.peft_config[name] = made.config
+            attached.made_from[name] = made.text
+            if not config.inference_mode:
+                registry.set_trainable(name, True)
+            host.activation_changed(self, registry)
+            if merged:
+                _warn_unmerged(merged, f"adapter {name} got other weights", 4)
+        return made.missing, made.unexpected
 
     # ------------------------------------------------------- switching adapters
 
@@ -455,7 +577,7 @@ class PeftAdapterMixin:
             state: dict[str, Any] = registry.state_dict(name)
         else:
             state = {
-                key: state_dict[full] if full else tensor
+                key: _own_part(state_dict[full], tensor) if full else tensor
                 for key, full, tensor, saved, _, _ in registry.tensors(name)
                 if saved and (not full or full in state_dict)
             }
@@ -533,6 +655,7 @@ class PeftAdapterMixin:
             ValueError: no adapter is loaded, or a name is unknown; nothing is deleted then.
         """
         attached = self._attached()
+        generation = attached.host.generation(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         with attached.lock:
             missing = [name for name in names if name not in self.peft_config]
@@ -545,7 +668,9 @@ class PeftAdapterMixin:
             if any(name in names for name in merged):
                 _warn_unmerged(merged, "one of them was deleted", 3)
             had_active = registry.active()
+            replaced: list[str] = []
             for name in dict.fromkeys(names):
+                replaced += registry.saved_modules(name)
                 registry.remove(name)
                 del self.peft_config[name]
                 attached.made_from.pop(name, None)
@@ -563,6 +688,7 @@ class PeftAdapterMixin:
                     stacklevel=2,
                 )
             if names:
+                generation.saved_modules_gone(self, replaced)
                 attached.host.adapters_changed(self, registry)
                 attached.host.activation_changed(self, registry)
 
@@ -682,6 +808,12 @@ class PeftAdapterMixin:
                 return
             attached.registry.unmerge()
             attached.host.activation_changed(self, attached.registry)
+
+
+def _own_part(given: Any, tensor: Any) -> Any:
+    """What of a tensor of the model's is an adapter's; there may be room in it (`enable_peft_hotswap`)."""
+    same = tuple(given.shape) == tuple(tensor.shape)
+    return given if same else given[tuple(slice(extent) for extent in tensor.shape)]
 
 
 def _warn_unmerged(merged: list[str], why: str, stacklevel: int) -> None:
@@ -816,15 +948,13 @@ def _stay_active(registry: AdapterRegistry, new: str) -> list[str]:
     ]
 
 
-def _report_keys(registry: AdapterRegistry, name: str, origin: Any, missing: list[str], unexpected: list[str]) -> None:
-    """Log what a file had too much and too little, as names in the model."""
+def _names_in_model(
+    registry: AdapterRegistry, name: str, missing: list[str], unexpected: list[str]
+) -> tuple[list[str], list[str]]:
+    """State-dict keys of adapter `name` as the names that parameters have in the model, for reports."""
     prefix = _prepare.key_prefix(registry.peft_type(name))
-    text = ""
-    if unexpected:
-        keys = ", ".join(_prepare.name_in_model(key, name, prefix) for key in unexpected)
-        text += f"Loading adapter weights from {origin} led to unexpected keys not found in the model: {keys}. "
-    if missing:
-        full = {key: model_name or key for key, model_name, *_ in registry.tensors(name)}
-        keys = ", ".join(full.get(key, key) for key in missing)
-        text += f"Loading adapter weights from {origin} led to missing keys in the model: {keys}"
-    _logger().warning(text)
+    full = {key: model_name or key for key, model_name, *_ in registry.tensors(name)} if missing else {}
+    return (
+        [full.get(key, key) for key in missing],
+        [_prepare.name_in_model(key, name, prefix) for key in unexpected],
+    )

@@ -5,9 +5,11 @@ embedding, and what must happen to the model when its adapters change.  Everythi
 in the C core.  A second host is a second class with these methods and a row in `_HOSTS`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from .._core import AdapterRegistry
+from .generation import Generation
 
 
 class Host(Protocol):
@@ -26,6 +28,9 @@ class Host(Protocol):
 
     def new_seed(self) -> int:
         """A seed for the initial values of an adapter, from the host's own generator."""
+
+    def generation(self, model: Any) -> Generation:
+        """What depends on the Transformers that the model belongs to."""
 
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         """Every module below the model with its dotted name, the model itself first as "".
@@ -74,6 +79,18 @@ class Host(Protocol):
 
         instead: fields that stand in for the config's. Returns (the config that it has, fields of it that are settled now,
         missing names, unexpected names); raises as `config_elsewhere`."""
+
+    def make_room(self, registry: Any, name: str, rank: int) -> None:
+        """Prepare a LoRA adapter for `replace` by any of up to this rank without a change that a compiler would see."""
+
+    def replace(self, registry: Any, name: str, make: Callable[[str], Any]) -> Any:
+        """Give LoRA adapter `name` the weights of another, in place; it stays as active as it was.
+
+        make(other_name) makes the other adapter, under a name that is free; what it returns is returned.
+
+        Raises:
+            RuntimeError, ValueError: the two do not fit; nothing has changed.
+        """
 
     def to_eval(self, model: Any) -> None:
         """model.eval(), at a cost that does not grow with the number of adapters."""

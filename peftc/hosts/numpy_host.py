@@ -4,6 +4,7 @@ The layers are C types that look up the registry's activation in their forward p
 replaced or flipped when adapters come, go or switch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from .. import _core
 from .._adalora import PARAMETERS
 from .._random import next_seed
+from .generation import FOUR, Generation, no_such_modules
 
 #: Values of device_map that leave the placement to the host; here that is always the CPU.
 _AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
@@ -41,6 +43,9 @@ class NumpyHost:
 
     def new_seed(self) -> int:
         return next_seed()
+
+    def generation(self, model: Any) -> Generation:
+        return FOUR
 
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         return list(model.named_modules(remove_duplicate=False))
@@ -112,6 +117,25 @@ class NumpyHost:
         trainable: bool,
     ) -> tuple[Any, dict[str, Any], list[str], list[str]]:
         raise refused
+
+    def make_room(self, registry: _core.AdapterRegistry, name: str, rank: int) -> None:
+        """Nothing: no compiler looks at these models."""
+
+    def replace(self, registry: _core.AdapterRegistry, name: str, make: Callable[[str], Any]) -> Any:
+        """The other adapter takes the place whole, in one step: a forward pass on another thread ends as it began."""
+        incoming = name
+        while incoming in registry:
+            incoming += "'"
+        made = make(incoming)
+        try:
+            extra = set(registry.adapted_modules(incoming)) - set(registry.adapted_modules(name))
+            if extra:
+                raise RuntimeError(no_such_modules(name, extra))
+            registry.replace(name, incoming)
+        except BaseException:
+            registry.remove(incoming)
+            raise
+        return made
 
     def to_eval(self, model: Any) -> None:
         model.eval()

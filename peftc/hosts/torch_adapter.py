@@ -75,6 +75,11 @@ class Adapter:
         for field in fields:
             paths += [("_modules", field, part) for part in ("_modules", "_parameters", "_keys")]
         _core.pop_items(layers, tuple(paths), self.name)
+        for layer in layers:
+            for field in layer.later_containers:
+                container = layer._modules.get(field)
+                if container is not None and not len(container):
+                    del layer._modules[field]
 
 
 def _classes(layers: list[AdaptedLayer]) -> dict[type[AdaptedLayer], None]:
@@ -86,7 +91,8 @@ def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:
     field, _, part = parameter.partition(".")
     container: Any = layer._modules[field]
     child = container._modules.get(name)
-    return container._parameters[name] if child is None else child._parameters[part or "weight"]
+    whole = container._parameters[name] if child is None else child._parameters[part or "weight"]
+    return layer.own_part(name, field, whole)
 
 
 def tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:

@@ -1,11 +1,13 @@
 """The torch host: adapters on any torch.nn.Module, under PEFT's names."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import torch_adalora
+from . import torch_adalora, torch_generation, torch_hotswap
+from .generation import Generation
 from .torch_layers import AdaptedLayer
 from .torch_registry import TorchRegistry
 from .torch_save import save_file
@@ -43,6 +45,9 @@ class TorchHost:
     def new_seed(self) -> int:
         """From torch's generator, so that torch.manual_seed makes fresh adapters repeat."""
         return int(torch.randint(2**62, ()).item())
+
+    def generation(self, model: Any) -> Generation:
+        return torch_generation.generation_of(model)
 
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         return list(walk(model))
@@ -100,6 +105,12 @@ class TorchHost:
             name, config, instead, source, label=label, trainable=trainable
         )
         return made
+
+    def make_room(self, registry: TorchRegistry, name: str, rank: int) -> None:
+        torch_hotswap.make_room(registry, name, rank)
+
+    def replace(self, registry: TorchRegistry, name: str, make: Callable[[str], Any]) -> Any:
+        return torch_hotswap.replace(registry, name, make)
 
     def to_eval(self, model: Any) -> None:
         """An adapted layer that is in eval mode has its adapters in it too, if none was loaded to be trained: passed over."""

@@ -152,6 +152,10 @@ class AdaptedLayer(nn.Module):
         """(layer that holds the parameter `name`, its path below this one's, the parameter's name there)."""
         return self, "", name
 
+    def own_part(self, name: str, field: str, tensor: Any) -> Any:
+        """The part of a parameter that is the adapter's; there may be room in it (torch_hotswap.py)."""
+        return tensor
+
     def train_adapter(self, name: str) -> None:
         """Put one adapter's modules in train mode, whatever the model's: Transformers promises it of a trainable load."""
         self._awake = True

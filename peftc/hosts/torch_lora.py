@@ -17,6 +17,9 @@ from .torch_layers import AdaptedLayer, check_rows, dropout_module, dropout_modu
 from .torch_lowrank import add_lowrank
 from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
 
+#: Which axis of a factor is its rank.
+RANK_AXIS = types.MappingProxyType({"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1})
+
 
 class Magnitude(nn.Module):
     """DoRA's magnitude vector; its one parameter is called `weight`, as in PEFT."""
@@ -43,7 +46,7 @@ class LoraLayer(AdaptedLayer):
         }
     )
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "lora_bias", "_initial")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "lora_bias", "_initial", "room")
 
     r: dict[str, int]
     lora_alpha: dict[str, float]
@@ -52,6 +55,8 @@ class LoraLayer(AdaptedLayer):
     lora_bias: dict[str, bool]
     #: pissa and olora: the factors that the adapter started from; their product is subtracted while it is active
     _initial: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    #: rank that the tensors of an adapter have room for, which is above its own: see torch_hotswap.py
+    room: dict[str, int]
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         children = self._modules
@@ -70,6 +75,12 @@ class LoraLayer(AdaptedLayer):
 
     def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         raise NotImplementedError
+
+    def own_part(self, name: str, field: str, tensor: Any) -> Any:
+        room = self.__dict__.get("room")  # AdaLora's layers have none
+        if not room or name not in room or field not in RANK_AXIS or tensor.dim() < 2:  # a bias has no rank
+            return tensor
+        return tensor.narrow(RANK_AXIS[field], 0, self.r[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """scaling = scale · alpha / r."""

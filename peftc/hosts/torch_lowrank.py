@@ -70,6 +70,7 @@ def _in_c(layer: Any, x: torch.Tensor, result: torch.Tensor, terms: Sequence[Ter
         down, up, bias = a._parameters.get("weight"), b._parameters.get("weight"), b._parameters["bias"]
         if down is None or up is None:
             return None
+        scaling = float(scaling)  # a tensor, for torch.compile, in an adapter that can be swapped
         wants_grad = wants_grad or down.requires_grad or up.requires_grad
         if bias is not None and bias.requires_grad:
             return None

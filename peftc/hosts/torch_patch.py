@@ -45,23 +45,18 @@ def patch_transformers() -> Patch:
     checkpoints of adapters and loads the best of them at the end.
 
     Raises:
-        ImportError: transformers or torch is not installed, or it is Transformers 5, which is not supported yet.
+        ImportError: transformers or torch is not installed.
     """
-    import transformers
     import transformers.integrations.peft as theirs
 
-    if int(transformers.__version__.partition(".")[0]) >= 5:
-        raise ImportError(
-            f"peftc supports Transformers 4.56 and later, but not yet 5, and this is {transformers.__version__}: "
-            "pip install 'transformers<5'"
-        )
-
+    from .torch_generation import installed
     from .torch_registry import join_peft
     from .torch_trainer import TrainerPatch
 
     target = theirs.PeftAdapterMixin
     replaced: dict[str, Any] = {}
-    for name, ours in vars(PeftAdapterMixin).items():
+    methods = {**vars(PeftAdapterMixin), **installed().methods()}
+    for name, ours in methods.items():
         if name.startswith("__") or name == "_hf_peft_config_loaded":
             continue
         before = vars(target).get(name, _MISSING)
@@ -78,7 +73,10 @@ def _choose(ours: Any, theirs: Any) -> Any:
 
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        of_before = self._hf_peft_config_loaded and self._peftc_attachment is None
-        return (theirs if of_before else ours)(self, *args, **kwargs)
+        if self._hf_peft_config_loaded and self._peftc_attachment is None:
+            from .torch_generation import installed
+
+            return theirs(self, *args, **installed().arguments_of_theirs(kwargs))
+        return ours(self, *args, **kwargs)
 
     return method

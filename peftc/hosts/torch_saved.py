@@ -23,6 +23,7 @@ class SavedModule(nn.Module):
 
     @classmethod
     def around(cls, module: nn.Module, switch: Switch) -> "SavedModule":
+        module.__dict__.pop("modules_to_save", None)  # of an adapter that was deleted: torch_generation.py
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
         wrapper._modules["original_module"] = module
@@ -83,6 +84,7 @@ class SavedModule(nn.Module):
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy for an adapter to train: without the adapters of others that may sit inside."""
     made: nn.Module = unwrap(copy.deepcopy(module))
+    made.__dict__.pop("modules_to_save", None)
     for parent in list(made.modules()):
         for key, child in list(parent._modules.items()):
             if child is not None and inner(child) is not None:

@@ -383,3 +383,70 @@ pc_status pc_registry_remove(pc_registry *registry, const char *name, size_t len
         pc_adapter_release(adapter);
     return status;
 }
+
+/* ------------------------------------------------------------------ replacing */
+
+/* The current activation with `incoming` where `old` is. */
+static pc_status activation_with(pc_registry *registry, const pc_adapter *old, pc_adapter *incoming,
+                                 pc_activation **out, pc_error *err)
+{
+    const pc_activation *now = registry->current;
+    pc_activation *next = new_activation(now->count);
+    if (next == NULL)
+        return pc_fail_nomem(err, "the list of active adapters");
+    pc_status status = PC_OK;
+    for (size_t i = 0; i < now->count && status == PC_OK; i++)
+        status = add_to_activation(next, now->adapters[i] == old ? incoming : now->adapters[i], err);
+    next->enabled = now->enabled;
+    if (now->merged != NULL && !is_merged(now->merged, old))
+        next->merged = pc_merged_retain(now->merged);
+    if (status == PC_OK)
+        *out = next;
+    else
+        pc_activation_release(next);
+    return status;
+}
+
+/* Give `incoming` the name and the place of `old`, which goes from the list. */
+static void take_place_locked(pc_registry *registry, const pc_adapter *old, pc_adapter *incoming, char *name)
+{
+    unlist_locked(registry, incoming);
+    size_t at = 0;
+    while (registry->adapters[at] != old)
+        at++;
+    incoming->name_len = old->name_len;
+    incoming->name = name;
+    registry->adapters[at] = incoming;
+    /* The map's key is the old adapter's text.  Two entries go and one comes, so this cannot fail. */
+    pc_strmap_remove(&registry->by_name, old->name, old->name_len);
+    (void)pc_strmap_put(&registry->by_name, incoming->name, incoming->name_len, at);
+}
+
+pc_status pc_registry_replace(pc_registry *registry, const char *name, size_t len, const char *incoming,
+                              size_t incoming_len, pc_error *err)
+{
+    pc_activation *unused = NULL;
+    pc_status status;
+    pthread_mutex_lock(&registry->lock);
+    pc_adapter *old = find_locked(registry, name, len);
+    pc_adapter *new = find_locked(registry, incoming, incoming_len);
+    char *copy = NULL;
+    if (old == NULL || new == NULL)
+        status = old == NULL ? unknown_name(registry, name, len, err)
+                             : unknown_name(registry, incoming, incoming_len, err);
+    else if (old == new || is_active(registry->current, new) || is_merged(registry->current->merged, new))
+        status = pc_fail(err, PC_ERR_VALUE, "adapter %s is active and cannot take the place of another", new->name);
+    else if ((copy = pc_pool_strndup(&new->pool, old->name, old->name_len)) == NULL)
+        status = pc_fail_nomem(err, "the name of an adapter");
+    else
+        status = activation_with(registry, old, new, &unused, err);
+    if (status == PC_OK) {
+        unused = swap_locked(registry, unused);
+        take_place_locked(registry, old, new, copy);
+    }
+    pthread_mutex_unlock(&registry->lock);
+    pc_activation_release(unused);
+    if (status == PC_OK)
+        pc_adapter_release(old);
+    return status;
+}

@@ -80,6 +80,14 @@ pc_status pc_registry_set_merged(pc_registry *registry, pc_merged *merged, pc_er
  * view uses it any more. */
 pc_status pc_registry_remove(pc_registry *registry, const char *name, size_t len, pc_error *err);
 
+/* Let the inactive adapter `incoming` take the place of `name`: its name, its
+ * place in the list, and its place among the active ones.  Merged weights go if
+ * `name` is merged.  Unknown names are PC_ERR_VALUE, and so is an `incoming`
+ * that is active, or that replaces a module which another active adapter
+ * replaces.  All or nothing. */
+pc_status pc_registry_replace(pc_registry *registry, const char *name, size_t len, const char *incoming,
+                              size_t incoming_len, pc_error *err);
+
 /* The current activation with a new reference; never NULL. */
 pc_activation *pc_registry_acquire(pc_registry *registry);
 pc_activation *pc_activation_retain(pc_activation *activation);

@@ -86,6 +86,35 @@ static const struct {
 };
 #define REFUSED_FIELDS (sizeof refused_fields / sizeof refused_fields[0])
 
+/* Likewise of PEFT versions after 0.17.1: the schemas do not know these fields, and unset they change nothing. */
+static const struct {
+    const char *name;
+    const char *what;
+} later_fields[] = {
+    {"use_bdlora", "block-diagonal LoRA"},
+    {"alora_invocation_tokens", "applying an adapter from certain tokens on"},
+    {"arrow_config", "routing among adapters"},
+    {"kasa_config", "KaSA's singular values"},
+    {"velora_config", "VeLoRA's compressed activations"},
+    {"monteclora_config", "sampling an adapter's weights"},
+    {"ensure_weight_tying", "tying adapters of tied weights"},
+};
+
+static pc_status check_later(pc_config_reader *reader, const char *name, const pc_json_value *value)
+{
+    char shown[96];
+    for (size_t i = 0; i < sizeof later_fields / sizeof later_fields[0]; i++) {
+        if (strcmp(name, later_fields[i].name) != 0 || !is_true(value))
+            continue;
+        pc_json_describe(value, shown, sizeof shown);
+        return pc_fail(reader->err, PC_ERR_UNSUPPORTED,
+                       "%s: %s is %s, and %s is not something peftc can do; use PEFT for this adapter, or set the field "
+                       "to its default",
+                       reader->config->label, name, shown, later_fields[i].what);
+    }
+    return PC_OK;
+}
+
 static pc_status check_refused(pc_config_reader *reader, const char *name, const pc_json_value *value)
 {
     char shown[96];
@@ -105,12 +134,16 @@ static pc_status check_refused(pc_config_reader *reader, const char *name, const
         pc_json_text(value) != NULL) {
         /* eva leaves the base weights alone, so such an adapter can be loaded; these two cannot even be */
         const char *text = pc_json_text(value);
-        if (strcmp(text, "loftq") == 0 || strcmp(text, "corda") == 0)
+        if (strcmp(text, "loftq") == 0 || strcmp(text, "corda") == 0 || strcmp(text, "lora_ga") == 0)
             return pc_fail(reader->err, PC_ERR_UNSUPPORTED,
                            "%s: init_lora_weights is \"%s\", which replaces the base weights in a way that peftc cannot "
                            "redo; convert the adapter with PEFT (save_pretrained with "
                            "path_initial_model_for_weight_conversion)",
                            reader->config->label, text);
+        if (strcmp(text, "mica") == 0)
+            return pc_fail(reader->err, PC_ERR_UNSUPPORTED,
+                           "%s: init_lora_weights is \"mica\", which peftc has no code for; use PEFT for this adapter",
+                           reader->config->label);
     }
     return PC_OK;
 }
@@ -271,7 +304,7 @@ static pc_status read_member(pc_config_reader *reader, const pc_json_value *memb
     }
     if (field == NULL) {
         *known = false;
-        return PC_OK;
+        return check_later(reader, name, member);
     }
     pc_status status = check_refused(reader, name, member);
     if (status != PC_OK || field->type == PC_FIELD_IGNORED)

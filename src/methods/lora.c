@@ -80,7 +80,7 @@ static pc_status lora_validate_init(const pc_config *config, pc_error *err)
     lora_init kind = lora_init_kind(&p->init, &niter);
     if (kind == LORA_INIT_UNKNOWN) {
         const char *text = p->init.text.text;
-        if (strcmp(text, "loftq") == 0 || strcmp(text, "corda") == 0)
+        if (strcmp(text, "loftq") == 0 || strcmp(text, "corda") == 0 || strcmp(text, "lora_ga") == 0)
             return pc_fail(err, PC_ERR_UNSUPPORTED,
                            "%s: init_lora_weights=\"%s\" changes the base weights from data that the config does not "
                            "hold; convert the adapter with PEFT's path_initial_model_for_weight_conversion first",

@@ -224,6 +224,34 @@ static PyObject *registry_remove(PyObject *op, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(replace_doc,
+             "replace($self, name, incoming, /)\n--\n\n"
+             "Let the inactive adapter incoming take the place of name: its name, its place in the list and among the "
+             "active ones. What was name is gone, as with remove().\n\n"
+             "Raises ValueError for unknown names, and if incoming is active; nothing has changed then.");
+
+static PyObject *registry_replace(PyObject *op, PyObject *args)
+{
+    registry_object *self = (registry_object *)op;
+    PyObject *name_obj, *incoming_obj;
+    Py_ssize_t len, incoming_len;
+    if (!PyArg_ParseTuple(args, "OO:replace", &name_obj, &incoming_obj))
+        return NULL;
+    const char *name = registry_adapter_name(name_obj, &len);
+    const char *incoming = name != NULL ? registry_adapter_name(incoming_obj, &incoming_len) : NULL;
+    if (incoming == NULL)
+        return NULL;
+    pc_error err;
+    if (registry_lock(self) < 0)
+        return NULL;
+    pc_status status =
+        pc_registry_replace(self->core, name, (size_t)len, incoming, (size_t)incoming_len, &err);
+    registry_unlock(self);
+    if (status != PC_OK)
+        return peftc_raise(registry_state(self), &err);
+    Py_RETURN_NONE;
+}
+
 /* ---------------------------------------------------------------- activation */
 
 #define NAMES_ON_STACK 16
@@ -329,6 +357,7 @@ static PyMethodDef registry_methods[] = {
     {"add", (PyCFunction)(void (*)(void))registry_add, METH_VARARGS | METH_KEYWORDS, registry_add_doc},
     {"load", (PyCFunction)(void (*)(void))registry_load, METH_VARARGS | METH_KEYWORDS, registry_load_doc},
     {"remove", registry_remove, METH_O, remove_doc},
+    {"replace", registry_replace, METH_VARARGS, replace_doc},
     {"activate", registry_activate, METH_O, activate_doc},
     {"active", registry_active, METH_NOARGS, active_doc},
     {"names", registry_names, METH_NOARGS, names_doc},

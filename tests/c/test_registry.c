@@ -112,6 +112,35 @@ TEST(removing_keeps_the_others_in_order)
     model_free(&m);
 }
 
+TEST(an_adapter_takes_the_place_of_another)
+{
+    model m;
+    pc_error err;
+    model_init(&m, PC_F32);
+    const char *names[] = {"a", "b", "c"};
+    for (size_t i = 0; i < 3; i++)
+        add_adapter(&m, names[i], small(), false);
+    pc_adapter *incoming = add_adapter(&m, "incoming", small(), false);
+    CHECK_STATUS(activate(&m, "c,b", &err), PC_OK);
+    CHECK_STATUS(pc_registry_replace(m.registry, "x", 1, "incoming", 8, &err), PC_ERR_VALUE);
+    CHECK_STATUS(pc_registry_replace(m.registry, "b", 1, "x", 1, &err), PC_ERR_VALUE);
+    CHECK_STATUS(pc_registry_replace(m.registry, "b", 1, "c", 1, &err), PC_ERR_VALUE);
+    CHECK_STATUS(pc_registry_replace(m.registry, "b", 1, "b", 1, &err), PC_ERR_VALUE);
+    CHECK_INT(pc_registry_count(m.registry), 4);
+    CHECK_STATUS(pc_registry_replace(m.registry, "b", 1, "incoming", 8, &err), PC_OK);
+    CHECK(strcmp(active(&m), "c b") == 0);
+    CHECK_INT(pc_registry_count(m.registry), 3);
+    CHECK(pc_registry_find(m.registry, "incoming", 8) == NULL);
+    CHECK(pc_registry_find(m.registry, "b", 1) == incoming && pc_registry_at(m.registry, 1) == incoming);
+    /* One that is not active stays so, and may come first in the list. */
+    pc_adapter *again = add_adapter(&m, "more", small(), false);
+    CHECK_STATUS(pc_registry_replace(m.registry, "a", 1, "more", 4, &err), PC_OK);
+    CHECK(pc_registry_at(m.registry, 0) == again && strcmp(active(&m), "c b") == 0);
+    for (size_t i = 0; i < 3; i++)
+        CHECK_STATUS(pc_registry_remove(m.registry, names[i], 1, &err), PC_OK);
+    model_free(&m);
+}
+
 TEST(an_activation_in_use_outlives_the_adapter)
 {
     model m;
@@ -283,6 +312,7 @@ int main(void)
     RUN(activation_keeps_order_and_drops_duplicates);
     RUN(two_saved_copies_of_one_module_are_refused);
     RUN(removing_keeps_the_others_in_order);
+    RUN(an_adapter_takes_the_place_of_another);
     RUN(an_activation_in_use_outlives_the_adapter);
     RUN(enabling_is_a_state_of_its_own);
     RUN(deleting_everything_frees_everything);

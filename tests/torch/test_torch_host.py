@@ -382,16 +382,6 @@ def test_patch_and_undo(tmp_path):
     assert not torch.allclose(plain(ids).logits, expected)
 
 
-def test_transformers_5_is_refused(monkeypatch):
-    import transformers
-
-    monkeypatch.setattr(transformers, "__version__", "5.23.0")
-    before = PeftAdapterMixin.add_adapter
-    with pytest.raises(ImportError, match=r"5\.23\.0"):
-        peftc.patch_transformers()
-    assert PeftAdapterMixin.add_adapter is before
-
-
 def test_trainer_is_wrapped_whenever_it_is_imported():
     """Imported before, while or after the patch holds, in processes of their own: the module is imported once."""
     import subprocess

@@ -32,7 +32,6 @@ KNOWN = (
     if V5
     else {"test_peft_from_pretrained_hub_kwargs": "a subfolder is not found offline"}
 )
-supported = pytest.mark.skipif(V5, reason="peftc supports Transformers 4 so far")
 SLOW_IN_REFERENCE = "with_compile"  # half a minute of compilers that says nothing about the stand-ins
 
 
@@ -104,13 +103,11 @@ def test_reference(reference, test):
         judge(reference, test)
 
 
-@supported
 @pytest.mark.parametrize("test", names_of(SUITE))
 def test_peftc(patched, test):
     judge(patched, test)
 
 
-@supported
 @pytest.mark.skipif("TRANSFORMERS_TESTS" not in os.environ, reason="TRANSFORMERS_TESTS does not name their file")
 def test_their_own_file(home, tmp_path):
     pytest.importorskip("datasets")
