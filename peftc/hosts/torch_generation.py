@@ -70,7 +70,7 @@ def load_adapter(
         kwargs.pop(key, None)
     if kwargs:
         load_config = dataclasses.replace(load_config or LoadStateDictConfig(), **kwargs)
-    info: LoadStateDictInfo = PeftAdapterMixin.load_adapter(  # type: ignore[func-returns-value]
+    info: LoadStateDictInfo = PeftAdapterMixin.load_adapter(
         self,
         peft_model_id,
         adapter_name,
