@@ -162,6 +162,19 @@ def adalora_budget(
 def orthogonality(matrix: np.ndarray, columns: bool, scale: float = 0.0, grad: np.ndarray | None = None, /) -> float:
     """The Frobenius norm of the Gram matrix of rows or columns, less I; scale times its derivative is added to grad."""
 
+def lowrank_adder(
+    factor: type,
+    identity: type,
+    fresh: tuple[type, ...],
+    watchers: tuple[Callable[[], Any], ...],
+    registries: tuple[Any, ...],
+    levels: dict[str, Any],
+    grad_enabled: Callable[[], bool],
+    empty_like: Callable[[Any], Any],
+    /,
+) -> Callable[[Any, Any, Any, tuple[str, ...]], Any]:
+    """A function (layer, x, y, live) → y + Σ scaling · B(A(x)), or None where torch's own operations are needed."""
+
 def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""
 

@@ -8,7 +8,7 @@ import torch
 from .. import _core
 from .torch_layers import AdaptedLayer, dropout_modules, transposed
 from .torch_lora import LoraLayer
-from .torch_lowrank import _fresh, runs_eagerly
+from .torch_lowrank import fresh, runs_eagerly
 from .torch_stamps import ModuleDict, ParameterDict, parameter, put_parameters
 
 
@@ -73,7 +73,7 @@ class AdaLoraLayer(LoraLayer):
         scale = self.scaling[name] / (self.ranknum[name].item() + 1e-5)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, result, a, b, e)):
             return SvdSum.apply(x, result, a, b, e, scale)
-        own = result if _fresh(self) else torch.empty_like(result)
+        own = result if fresh(self) else torch.empty_like(result)
         return own if _core.lowrank_forward(x, result, own, ((a, b, scale, e, None),)) else None
 
 

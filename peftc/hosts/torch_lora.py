@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, check_rows, dropout_module, dropout_modules, transposed
-from .torch_lowrank import add_lowrank
+from .torch_lowrank import add_lowrank, add_plain
 from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
 
 #: Which axis of a factor is its rank.
@@ -209,8 +210,11 @@ class Linear(LoraLayer):
         if self._peftc.rows is not None or "adapter_names" in kwargs:
             return self._mixed(x, *args, **kwargs)
         result = self._modules["base_layer"](x, *args, **kwargs)
-        if not self._peftc.live:
+        live = self._peftc.live
+        if not live:
             return result
+        if not is_compiling() and (added := add_plain(self, x, result, live)) is not None:
+            return added
         dtype = result.dtype
         plain: list[str] = []  # neighbours in the list without DoRA: one call adds them all
         for name in self._live():

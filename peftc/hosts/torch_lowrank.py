@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
 
 from .. import _core
+from .torch_stamps import Linear
 
 _C: Any = torch._C
 
@@ -20,15 +22,30 @@ _C: Any = torch._C
 Term = tuple[Any, Any, Any, float, str]
 
 
+#: asked of whoever may watch or rewrite the operations of this thread: None, 0 or False if it does not
+_WATCHERS = (
+    _C._len_torch_function_stack,
+    _C._len_torch_dispatch_stack,
+    _C._is_any_autocast_enabled,
+    _C._functorch.peek_interpreter_stack,
+    _C._get_tracing_state,
+)
+
+#: hooks on all modules
+_REGISTRIES = (
+    hooks._global_forward_hooks,
+    hooks._global_forward_pre_hooks,
+    hooks._global_backward_hooks,
+    hooks._global_backward_pre_hooks,
+)
+
+
 def runs_eagerly() -> bool:
     """Does nothing watch or rewrite the operations of this thread?"""
     return not (
         torch.compiler.is_compiling()
-        or _C._len_torch_function_stack()
-        or _C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled("cpu")
-        or _C._functorch.peek_interpreter_stack() is not None
-        or _C._get_tracing_state() is not None
+        or any(watcher() for watcher in _WATCHERS)
+        or any(_REGISTRIES)
         or forward_ad._current_level >= 0
     )
 
@@ -36,12 +53,25 @@ def runs_eagerly() -> bool:
 def _untouched(module: Any) -> bool:
     """Is the module what peftc made: no hooks, no parametrization, no subclass?"""
     return (
-        type(module) is nn.Linear
+        type(module) is Linear
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
     )
+
+
+#: the plain case in one call: (layer, x, result, names) → the sum, or None; not to be called while compiling
+add_plain = _core.lowrank_adder(
+    Linear,
+    nn.Identity,
+    (nn.Linear,),
+    _WATCHERS,
+    _REGISTRIES,
+    forward_ad.__dict__,
+    torch.is_grad_enabled,
+    torch.empty_like,
+)
 
 
 def add_lowrank(layer: Any, x: torch.Tensor, result: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
@@ -80,11 +110,11 @@ def _in_c(layer: Any, x: torch.Tensor, result: torch.Tensor, terms: Sequence[Ter
             rows.append((first_a, first_b, -scaling, None, None))
     if wants_grad and torch.is_grad_enabled():
         return _with_grad(x, result, rows)
-    own = result if _fresh(layer) else torch.empty_like(result)
+    own = torch.empty_like(result)  # what can be overwritten has been, in `add_plain`
     return own if _core.lowrank_forward(x, result, own, tuple(rows)) else None
 
 
-def _fresh(layer: Any) -> bool:
+def fresh(layer: Any) -> bool:
     """Is the base output nobody else's, so that it can be overwritten?"""
     base = layer._modules["base_layer"]
     return type(base) is nn.Linear and not base._forward_hooks and not _C._has_torch_function_unary(base.weight)

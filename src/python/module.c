@@ -107,6 +107,7 @@ static int (*const parts[])(PyObject *module, peftc_state *state) = {
     peftc_add_torch,
     peftc_add_torch_modules,
     peftc_add_torch_tree,
+    peftc_add_torch_forward,
 };
 
 static int exec_module(PyObject *module)

@@ -4,93 +4,10 @@
  * what the kernels take; the caller then uses torch's own operations.  The results are written into tensors that the
  * caller has made.  autograd does not see any of it, and torch's modes are not looked at: both are the caller's.
  */
-#include "dlpack.h"
-
-#include "../kernels/lowrank.h"
+#include "py_torch_operand.h"
 
 /* Multiply-adds below which a call takes less time than giving up the GIL is worth. */
 #define WORTH_RELEASING 65536.0
-/* More adapters at once than this are left to torch. */
-#define MOST_TERMS 32
-
-typedef struct operand {
-    peftc_rows rows;
-    pc_dtype dtype;
-    int ndim;
-    bool packed;
-} operand;
-
-/* One tensor, and that its dtype is *dtype; the first one sets it. */
-static bool take(peftc_state *state, PyObject *obj, pc_dtype *dtype, operand *out)
-{
-    peftc_tensor tensor;
-    if (!peftc_read_tensor(state, obj, &tensor) || !peftc_tensor_rows(&tensor, &out->rows))
-        return false;
-    if (*dtype == PC_DTYPE_NONE)
-        *dtype = tensor.dtype;
-    out->dtype = tensor.dtype;
-    out->ndim = tensor.ndim;
-    out->packed = out->rows.rows <= 1 || out->rows.stride == out->rows.cols;
-    return tensor.dtype == *dtype;
-}
-
-static bool take_matrix(peftc_state *state, PyObject *obj, pc_dtype *dtype, operand *out)
-{
-    return take(state, obj, dtype, out) && out->ndim == 2 && out->packed;
-}
-
-/* A vector of n elements, or None: *out is NULL. (n, 1) is a vector, too, where it may be a column. */
-static bool take_vector(peftc_state *state, PyObject *obj, pc_dtype *dtype, int64_t n, bool column, void **out,
-                        operand *whole)
-{
-    *out = NULL;
-    if (obj == Py_None)
-        return true;
-    if (!take(state, obj, dtype, whole) || !whole->packed)
-        return false;
-    *out = whole->rows.data;
-    if (whole->ndim == 1)
-        return whole->rows.cols == n;
-    return column && whole->ndim == 2 && whole->rows.cols == 1 && whole->rows.rows == n;
-}
-
-/* Bytes from the first to the last element. */
-static size_t span(const operand *x)
-{
-    if (x->rows.rows == 0 || x->rows.cols == 0)
-        return 0;
-    return (size_t)((x->rows.rows - 1) * x->rows.stride + x->rows.cols) * pc_dtype_size(x->dtype);
-}
-
-static bool overlap(const operand *a, const operand *b)
-{
-    uintptr_t p = (uintptr_t)a->rows.data, q = (uintptr_t)b->rows.data;
-    return p < q + span(b) && q < p + span(a);
-}
-
-/* Rows of an output must not share memory with each other. */
-static bool writable(const operand *x) { return x->rows.rows <= 1 || x->rows.stride >= x->rows.cols; }
-
-static bool same_memory(const operand *a, const operand *b)
-{
-    return a->rows.data == b->rows.data && (a->rows.rows <= 1 || a->rows.stride == b->rows.stride);
-}
-
-static bool take_number(PyObject *obj, double *out)
-{
-    if (PyFloat_CheckExact(obj)) {
-        *out = PyFloat_AS_DOUBLE(obj);
-        return true;
-    }
-    if (!PyFloat_Check(obj) && !PyLong_Check(obj))
-        return false;
-    *out = PyFloat_AsDouble(obj);
-    if (*out == -1.0 && PyErr_Occurred()) {
-        PyErr_Clear();
-        return false;
-    }
-    return true;
-}
 
 static bool count_is(const char *name, Py_ssize_t have, Py_ssize_t want)
 {
@@ -131,54 +48,29 @@ static PyObject *lowrank_forward(PyObject *module, PyObject *const *args, Py_ssi
         return NULL;
     peftc_state *state = peftc_get_state(module);
     pc_dtype dtype = PC_DTYPE_NONE;
-    operand x, y, out, other;
+    operand x, y, out;
     pc_lowrank_term terms[MOST_TERMS];
     PyObject *tuple = args[3];
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) > MOST_TERMS || !take(state, args[0], &dtype, &x) ||
-        !take(state, args[1], &dtype, &y))
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) > MOST_TERMS || !operand_take(state, args[0], &dtype, &x) ||
+        !operand_take(state, args[1], &dtype, &y))
         Py_RETURN_FALSE;
     if (args[2] == args[1])
         out = y;
-    else if (!take(state, args[2], &dtype, &out))
+    else if (!operand_take(state, args[2], &dtype, &out))
         Py_RETURN_FALSE;
-    int64_t m = x.rows.rows, k = x.rows.cols, n = y.rows.cols;
-    if (y.rows.rows != m || out.rows.rows != m || out.rows.cols != n || !writable(&out) || overlap(&out, &x) ||
-        (overlap(&out, &y) && !same_memory(&out, &y)))
+    if (!operands_fit(&x, &y, &out))
         Py_RETURN_FALSE;
     int count = (int)PyTuple_GET_SIZE(tuple);
-    double work = (double)m * (double)n;
     for (int t = 0; t < count; t++) {
         PyObject *item = PyTuple_GET_ITEM(tuple, t);
-        if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 5)
+        if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 5 ||
+            !operands_term(state, &dtype, &x, &out, PyTuple_GET_ITEM(item, 0), PyTuple_GET_ITEM(item, 1),
+                             PyTuple_GET_ITEM(item, 3), PyTuple_GET_ITEM(item, 4), &terms[t]) ||
+            !operand_number(PyTuple_GET_ITEM(item, 2), &terms[t].scale))
             Py_RETURN_FALSE;
-        pc_lowrank_term *term = &terms[t];
-        operand a, b;
-        void *e, *bias;
-        if (!take_matrix(state, PyTuple_GET_ITEM(item, 0), &dtype, &a) ||
-            !take_matrix(state, PyTuple_GET_ITEM(item, 1), &dtype, &b) ||
-            !take_number(PyTuple_GET_ITEM(item, 2), &term->scale) || a.rows.cols != k || b.rows.rows != n ||
-            a.rows.rows != b.rows.cols || overlap(&out, &a) || overlap(&out, &b))
-            Py_RETURN_FALSE;
-        term->r = a.rows.rows;
-        if (!take_vector(state, PyTuple_GET_ITEM(item, 3), &dtype, term->r, true, &e, &other) ||
-            (e != NULL && overlap(&out, &other)) ||
-            !take_vector(state, PyTuple_GET_ITEM(item, 4), &dtype, n, false, &bias, &other) ||
-            (bias != NULL && overlap(&out, &other)))
-            Py_RETURN_FALSE;
-        term->a = a.rows.data;
-        term->b = b.rows.data;
-        term->e = e;
-        term->bias = bias;
-        work += (double)m * (double)(n + k) * (double)term->r;
     }
     pc_error err;
-    pc_status status;
-    PyThreadState *saved = work >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
-    status = pc_lowrank_forward(state->rt, dtype, m, n, k, x.rows.data, x.rows.stride, y.rows.data, y.rows.stride,
-                                out.rows.data, out.rows.stride, terms, count, &err);
-    if (saved != NULL)
-        PyEval_RestoreThread(saved);
-    return answer(state, status, &err);
+    return answer(state, operands_run(state, dtype, &x, &y, &out, terms, count, &err), &err);
 }
 
 /* ------------------------------------------------------------------ backward */
@@ -209,37 +101,37 @@ static PyObject *lowrank_backward(PyObject *module, PyObject *const *args, Py_ss
     bool given[COUNT] = {false};
     void *e, *de;
     pc_lowrank_term term = {.r = 0};
-    if (!take(state, args[0], &dtype, &all[GRAD]) || !take(state, args[1], &dtype, &all[X]) ||
-        !take_matrix(state, args[2], &dtype, &all[A]) || !take_matrix(state, args[3], &dtype, &all[B]) ||
-        !take_number(args[5], &term.scale))
+    if (!operand_take(state, args[0], &dtype, &all[GRAD]) || !operand_take(state, args[1], &dtype, &all[X]) ||
+        !operand_matrix(state, args[2], &dtype, &all[A]) || !operand_matrix(state, args[3], &dtype, &all[B]) ||
+        !operand_number(args[5], &term.scale))
         Py_RETURN_FALSE;
     int64_t m = all[X].rows.rows, k = all[X].rows.cols, n = all[GRAD].rows.cols, r = all[A].rows.rows;
     if (all[GRAD].rows.rows != m || all[A].rows.cols != k || all[B].rows.rows != n || all[B].rows.cols != r ||
-        !take_vector(state, args[4], &dtype, r, true, &e, &all[E]) ||
-        !take_vector(state, args[9], &dtype, r, true, &de, &all[DE]))
+        !operand_vector(state, args[4], &dtype, r, true, &e, &all[E]) ||
+        !operand_vector(state, args[9], &dtype, r, true, &de, &all[DE]))
         Py_RETURN_FALSE;
     given[GRAD] = given[X] = given[A] = given[B] = true;
     given[E] = e != NULL;
     given[DE] = de != NULL;
     if (args[6] != Py_None) {
         given[DX] = true;
-        if (!take(state, args[6], &dtype, &all[DX]) || all[DX].rows.rows != m || all[DX].rows.cols != k ||
-            !writable(&all[DX]))
+        if (!operand_take(state, args[6], &dtype, &all[DX]) || all[DX].rows.rows != m || all[DX].rows.cols != k ||
+            !operand_writable(&all[DX]))
             Py_RETURN_FALSE;
     }
     if (args[7] != Py_None) {
         given[DA] = true;
-        if (!take_matrix(state, args[7], &dtype, &all[DA]) || all[DA].rows.rows != r || all[DA].rows.cols != k)
+        if (!operand_matrix(state, args[7], &dtype, &all[DA]) || all[DA].rows.rows != r || all[DA].rows.cols != k)
             Py_RETURN_FALSE;
     }
     if (args[8] != Py_None) {
         given[DB] = true;
-        if (!take_matrix(state, args[8], &dtype, &all[DB]) || all[DB].rows.rows != n || all[DB].rows.cols != r)
+        if (!operand_matrix(state, args[8], &dtype, &all[DB]) || all[DB].rows.rows != n || all[DB].rows.cols != r)
             Py_RETURN_FALSE;
     }
     for (int i = DX; i < COUNT; i++)
         for (int j = 0; j < i && given[i]; j++)
-            if (given[j] && overlap(&all[i], &all[j]))
+            if (given[j] && operands_overlap(&all[i], &all[j]))
                 Py_RETURN_FALSE;
     term.r = r;
     term.a = all[A].rows.data;
@@ -284,19 +176,19 @@ static PyObject *add_lowrank_to_weight(PyObject *module, PyObject *const *args, 
     int transpose = PyObject_IsTrue(args[5]);
     if (transpose < 0)
         return NULL;
-    if (!take(state, args[0], &dtype, &w) || w.ndim != 2 || !take_matrix(state, args[1], &dtype, &a) ||
-        !take_matrix(state, args[2], &dtype, &b) || !take_number(args[3], &term.scale))
+    if (!operand_take(state, args[0], &dtype, &w) || w.ndim != 2 || !operand_matrix(state, args[1], &dtype, &a) ||
+        !operand_matrix(state, args[2], &dtype, &b) || !operand_number(args[3], &term.scale))
         Py_RETURN_FALSE;
     if (args[6] == args[0])
         out = w;
-    else if (!take(state, args[6], &dtype, &out) || out.ndim != 2)
+    else if (!operand_take(state, args[6], &dtype, &out) || out.ndim != 2)
         Py_RETURN_FALSE;
     int64_t n = b.rows.rows, k = a.rows.cols;
     term.r = a.rows.rows;
     if (b.rows.cols != term.r || w.rows.rows != (transpose ? k : n) || w.rows.cols != (transpose ? n : k) ||
-        out.rows.rows != w.rows.rows || out.rows.cols != w.rows.cols || !writable(&out) || overlap(&out, &a) ||
-        overlap(&out, &b) || (overlap(&out, &w) && !same_memory(&out, &w)) ||
-        !take_vector(state, args[4], &dtype, term.r, true, &factors, &e) || (factors != NULL && overlap(&out, &e)))
+        out.rows.rows != w.rows.rows || out.rows.cols != w.rows.cols || !operand_writable(&out) || operands_overlap(&out, &a) ||
+        operands_overlap(&out, &b) || (operands_overlap(&out, &w) && !operand_same(&out, &w)) ||
+        !operand_vector(state, args[4], &dtype, term.r, true, &factors, &e) || (factors != NULL && operands_overlap(&out, &e)))
         Py_RETURN_FALSE;
     term.a = a.rows.data;
     term.b = b.rows.data;
