@@ -108,8 +108,9 @@ def make_adapter(
     modules = host.named_modules(model)
     once = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
     settled = _prepare.settle_targets(config, model, host, once)
-    registry.bind(modules, host.output_embedding(model), host.input_embedding(model))
+    registry.bind(modules, host.output_embedding(model, modules), host.input_embedding(model, modules))
     instead = {} if targets is None else {"target_modules": targets, **dict.fromkeys(_CHOOSING)}
+    given, before = config, dict(settled)
     text = _as_json(config, {**settled, **instead})
     missing: list[str] = []
     unexpected: list[str] = []
@@ -131,7 +132,8 @@ def make_adapter(
         orientation = getattr(config, "fan_in_fan_out", None)
         if orientation or (orientation is not None and "Conv1D" in kinds.values()):
             settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
-        text = _as_json(config, settled)
+        if instead or config is not given or settled != before:
+            text = _as_json(config, settled)
     except BaseException:
         registry.remove(name)
         raise

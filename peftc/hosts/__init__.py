@@ -6,10 +6,13 @@ in the C core.  A second host is a second class with these methods and a row in 
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from .._core import AdapterRegistry
 from .generation import Generation
+
+#: (dotted name, module)
+Modules: TypeAlias = list[tuple[str, Any]]
 
 
 class Host(Protocol):
@@ -40,11 +43,11 @@ class Host(Protocol):
     def kind(self, module: Any) -> str:
         """torch's class name of what the module does: "Linear", "Conv1D", "Conv2d", "Embedding", … or ""."""
 
-    def output_embedding(self, model: Any) -> str | None:
-        """Dotted name of the head over the vocabulary, or None."""
+    def output_embedding(self, model: Any, modules: Modules) -> str | None:
+        """Dotted name of the head over the vocabulary among `named_modules`, or None."""
 
-    def input_embedding(self, model: Any) -> str | None:
-        """Dotted name of the table of words, or None."""
+    def input_embedding(self, model: Any, modules: Modules) -> str | None:
+        """Dotted name of the table of words among `named_modules`, or None."""
 
     def model_config(self, model: Any) -> dict[str, Any]:
         """The model's configuration; {"model_type": "custom"} when it has none."""

@@ -18,13 +18,13 @@ from .generation import FOUR, Generation, no_such_modules
 _AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 
 
-def _name_of(model: Any, getter: str) -> str | None:
+def _name_of(model: Any, modules: list[tuple[str, Any]], getter: str) -> str | None:
     """Dotted name of the module that one of the model's methods returns; None when it has no such method or module."""
     get = getattr(model, getter, None)
     found = get() if get is not None else None
     if found is None:
         return None
-    return next((name for name, module in model.named_modules() if module is found), None)
+    return next((name for name, module in modules if module is found), None)
 
 
 class NumpyHost:
@@ -53,11 +53,11 @@ class NumpyHost:
     def kind(self, module: Any) -> str:
         return module.kind if isinstance(module, _core.Layer) else ""
 
-    def output_embedding(self, model: Any) -> str | None:
-        return _name_of(model, "get_output_embeddings")
+    def output_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
+        return _name_of(model, modules, "get_output_embeddings")
 
-    def input_embedding(self, model: Any) -> str | None:
-        return _name_of(model, "get_input_embeddings")
+    def input_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
+        return _name_of(model, modules, "get_input_embeddings")
 
     def model_config(self, model: Any) -> dict[str, Any]:
         config: Any = getattr(model, "config", None)

@@ -15,14 +15,14 @@ from .torch_tree import kind_of, walk
 from .torch_wrappers import unwrap
 
 
-def _path_of(model: Any, getter: str) -> str | None:
+def _path_of(model: Any, modules: list[tuple[str, Any]], getter: str) -> str | None:
     """Dotted name of the module that one of the model's methods returns; None when it has no such method or module."""
     get = getattr(model, getter, None)
     found = get() if get is not None else None
     if found is None:
         return None
     found = unwrap(found)
-    return next((path for path, module in walk(model) if module is found), None)
+    return next((path for path, module in modules if module is found), None)
 
 
 class TorchHost:
@@ -50,16 +50,16 @@ class TorchHost:
         return torch_generation.generation_of(model)
 
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
-        return list(walk(model))
+        return walk(model)
 
     def kind(self, module: Any) -> str:
         return kind_of(module)
 
-    def output_embedding(self, model: Any) -> str | None:
-        return _path_of(model, "get_output_embeddings")
+    def output_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
+        return _path_of(model, modules, "get_output_embeddings")
 
-    def input_embedding(self, model: Any) -> str | None:
-        return _path_of(model, "get_input_embeddings")
+    def input_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
+        return _path_of(model, modules, "get_input_embeddings")
 
     def model_config(self, model: Any) -> dict[str, Any]:
         config: Any = getattr(model, "config", None)

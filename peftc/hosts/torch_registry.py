@@ -251,6 +251,8 @@ class TorchRegistry:
     def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
         """(module's name, its copy) for each module that modules_to_save names."""
         wanted = list(wanted)
+        if not wanted:
+            return []
         return [
             (path, copy_of(module))
             for path, module in self._bound

@@ -65,8 +65,8 @@ def weight_of(module: Any) -> torch.Tensor:
 def home_of(module: Any) -> torch.device:
     """Where an adapter's tensors live: with the layer's weights, or, if accelerate fetches those, where it computes."""
     device = weight_of(module).device
-    hook = getattr(module, "_hf_hook", None)
-    if device.type != "meta" or hook is None:
+    hook = getattr(module, "_hf_hook", None) if device.type == "meta" else None
+    if hook is None:
         return device
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "execution_device", None) is not None:

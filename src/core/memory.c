@@ -1,6 +1,7 @@
 #define _DEFAULT_SOURCE
 #include "memory.h"
 
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -119,6 +120,23 @@ void *pc_block_alloc(size_t bytes)
     if (block != NULL)
         memset(block, 0, rounded);
     return count_new(block);
+}
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14; headers may be older than the kernel */
+#endif
+
+void pc_block_populate(void *part, size_t bytes)
+{
+#ifdef __linux__
+    const uintptr_t page = 4096, begin = ((uintptr_t)part + page - 1) & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)part + bytes) & ~(page - 1);
+    if (end > begin)
+        (void)madvise((void *)begin, end - begin, MADV_POPULATE_WRITE); /* a hint: refused, writing brings the pages */
+#else
+    (void)part;
+    (void)bytes;
+#endif
 }
 
 void pc_block_free(void *block, size_t bytes)

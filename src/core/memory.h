@@ -45,6 +45,8 @@ static inline bool pc_add_size(size_t a, size_t b, size_t *out)
 static inline size_t pc_align_up(size_t n) { return (n + (PC_ALIGNMENT - 1)) & ~(size_t)(PC_ALIGNMENT - 1); }
 
 void *pc_block_alloc(size_t bytes); /* zeroed, PC_ALIGNMENT aligned; NULL on failure */
+/* Have the pages of (part of) a block there before it is written: together they cost half of what they do one by one. */
+void pc_block_populate(void *part, size_t bytes);
 void pc_block_free(void *block, size_t bytes);
 
 typedef struct pc_pool {

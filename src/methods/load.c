@@ -256,6 +256,18 @@ static pc_status read_converted(loader *l, pc_error *err)
 /* A file smaller than this is read before another thread has woken up. */
 #define SHARED_READ_BYTES ((uint64_t)2 << 20)
 
+/* Memory to read into is made ready in steps of this size. */
+#define POPULATE_BYTES ((size_t)1 << 20)
+
+static void populate(void *ctx, int64_t begin, int64_t end)
+{
+    const pc_arena *arena = ctx;
+    size_t from = (size_t)begin * POPULATE_BYTES, to = (size_t)end * POPULATE_BYTES;
+    if (to > pc_arena_size(arena))
+        to = pc_arena_size(arena);
+    pc_block_populate((char *)pc_arena_data(arena) + from, to - from);
+}
+
 static pc_status read_tensors(loader *l, pc_error *err)
 {
     uint64_t bytes = 0;
@@ -263,6 +275,10 @@ static pc_status read_tensors(loader *l, pc_error *err)
         bytes += goes_straight(l, i) ? l->source->tensors[i].nbytes : 0;
     straight s = {.l = l, .status = PC_OK, .recorded = ATOMIC_FLAG_INIT, .err = err};
     bool shared = l->source->concurrent && bytes >= SHARED_READ_BYTES;
+    if (bytes >= SHARED_READ_BYTES) {
+        pc_arena *arena = l->adapter->arena;
+        pc_parallel_for(l->rt, (int64_t)((pc_arena_size(arena) + POPULATE_BYTES - 1) / POPULATE_BYTES), 1, populate, arena);
+    }
     pc_parallel_for(shared ? l->rt : NULL, (int64_t)l->source->count, 1, read_straight, &s);
     return s.status == PC_OK ? read_converted(l, err) : s.status;
 }

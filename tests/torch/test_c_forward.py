@@ -1,0 +1,265 @@
+"""The forward pass in one call: the plain case is done, and everything else is left to torch, with the same results."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from torch import nn
+
+import peftc
+from peftc import _core
+from peftc.hosts import torch_lora, torch_lowrank
+
+
+class Model(peftc.PeftAdapterMixin, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x)
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[bool]:
+    """Whether each call of the fast way did the work."""
+    seen: list[bool] = []
+
+    def watched(*args: Any) -> Any:
+        result = torch_lowrank.add_plain(*args)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(torch_lora, "add_plain", watched)
+    return seen
+
+
+def adapted(*configs: Any, dtype: Any = torch.float32) -> Model:
+    torch.manual_seed(0)
+    model = Model().to(dtype).eval()
+    for i, config in enumerate(configs or [{}]):
+        model.add_adapter(peft.LoraConfig(target_modules=["fc"], r=3, **{"init_lora_weights": False, **config}), f"a{i}")
+    model.set_adapter([f"a{i}" for i in range(len(configs) or 1)])
+    return model
+
+
+def expected(model: Model, x: Any) -> Any:
+    """The sum in torch's operations, without the layer's own forward pass."""
+    layer = model.fc
+    result = torch.nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+    for name in model.active_adapters():
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        result = result + torch.nn.functional.linear(x @ a.weight.T, b.weight, b.bias) * layer.scaling[name]
+        if name in layer._initial:
+            first_a, first_b = layer._initial[name]
+            result = result - (x @ first_a.T @ first_b.T) * layer.scaling[name]
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (0, 6)], ids=str)
+@pytest.mark.parametrize(
+    "configs",
+    [[{}], [{}, {"lora_alpha": 3}], [{"lora_bias": True}], [{"init_lora_weights": "pissa"}, {}]],
+    ids=["one", "two", "bias", "pissa"],
+)
+def test_the_plain_case(done, dtype, shape, configs):
+    if dtype is torch.float16 and configs[0].get("init_lora_weights") == "pissa":
+        pytest.skip("PEFT refuses it")
+    model = adapted(*configs, dtype=dtype)
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        result = model(x)
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+        assert torch.allclose(result, expected(model, x), atol=tolerance, rtol=tolerance)
+    assert done == [True] and result.dtype is dtype
+
+
+def test_an_adapter_that_is_not_on_this_layer_adds_nothing(done):
+    model = adapted()
+    x = torch.randn(2, 6)
+    y = model.fc.base_layer(x)
+    assert torch_lowrank.add_plain(model.fc, x, y, ("other",)) is y
+
+
+def test_the_base_output_is_overwritten_only_where_nobody_else_has_it(done):
+    model = adapted()
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        y = model.fc.base_layer(x)
+        assert torch_lowrank.add_plain(model.fc, x, y, ("a0",)) is y
+        seen = []
+        model.fc.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+        want = torch.nn.functional.linear(x, model.fc.base_layer.weight, model.fc.base_layer.bias)
+        result = model(x)
+        assert done == [True] and torch.equal(seen[0], want) and torch.allclose(result, expected(model, x), atol=1e-6)
+
+
+def hook_on_a(model: Model) -> Any:
+    seen: list[Any] = []
+    model.fc.lora_A["a0"].register_forward_hook(lambda *args: seen.append(args))
+    return lambda: len(seen) == 1
+
+
+def hook_on_all(model: Model) -> Any:
+    seen: list[Any] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+
+    def check() -> bool:
+        handle.remove()
+        return model.fc.lora_A["a0"] in seen
+
+    return check
+
+
+def half(model: Model) -> Any:
+    context = torch.autocast("cpu", dtype=torch.bfloat16)
+    context.__enter__()
+
+    def check() -> bool:
+        context.__exit__(None, None, None)
+        return True
+
+    return check
+
+
+def mode(model: Model) -> Any:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    context = Watch()
+    context.__enter__()
+
+    def check() -> bool:
+        context.__exit__(None, None, None)
+        return len(seen) > 2
+
+    return check
+
+
+def dual(model: Model) -> Any:
+    context = torch.autograd.forward_ad.dual_level()
+    context.__enter__()
+
+    def check() -> bool:
+        context.__exit__(None, None, None)
+        return True
+
+    return check
+
+
+@pytest.mark.parametrize("watch", [hook_on_a, hook_on_all, half, mode, dual], ids=lambda f: f.__name__)
+def test_whoever_watches_sees_the_operations(done, watch):
+    model = adapted()
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        want = model(x)
+        check = watch(model)
+        try:
+            result = model(x)
+        finally:
+            assert check()
+        assert done == [True, False] and torch.allclose(result.float(), want, atol=5e-2)
+
+
+@pytest.mark.parametrize("what", ["dora", "dropout", "subclass", "grad", "other dtype", "strange input", "no factor"])
+def test_everything_else_is_left_to_torch(done, what):
+    model = adapted({"use_dora": what == "dora", "lora_dropout": 0.5 if what == "dropout" else 0.0})
+    x = torch.randn(2, 6)
+    layer = model.fc
+    y = layer.base_layer(x).detach()
+    if what == "dropout":
+        layer.train()
+    elif what == "subclass":
+        layer.lora_A["a0"] = nn.Linear(6, 3, bias=False)
+    elif what == "other dtype":
+        x = x.double()
+    elif what == "strange input":
+        x = [1.0] * 6
+    elif what == "no factor":
+        del layer.lora_B["a0"]
+    before = y.clone()
+    with torch.set_grad_enabled(what == "grad"):
+        assert torch_lowrank.add_plain(layer, x, y, ("a0",)) is None
+    assert torch.equal(y, before)
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="a layer, x, y, and a tuple of names"):
+        torch_lowrank.add_plain(1, 2, 3)
+    with pytest.raises(TypeError, match="a layer, x, y, and a tuple of names"):
+        torch_lowrank.add_plain(1, 2, 3, ["a0"])
+    assert torch_lowrank.add_plain(1, 2, 3, ("a0",)) is None
+    assert torch_lowrank.add_plain(nn.Module(), 2, 3, ("a0",)) is None
+    for arguments in ((), (1, 2, (), (), (), {}, print, print), (int, int, [], (), (), {}, print, print)):
+        with pytest.raises(TypeError, match="two types, three tuples"):
+            _core.lowrank_adder(*arguments)
+
+
+def test_what_a_watcher_raises_is_raised():
+    def watcher() -> bool:
+        raise OSError("no")
+
+    pieces: Any = (torch_lowrank.Linear, nn.Identity, (), (watcher,), (), torch.autograd.forward_ad.__dict__)
+    add = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like)
+    model = adapted()
+    x = torch.randn(2, 6)
+    with torch.no_grad(), pytest.raises(OSError, match="no"):
+        add(model.fc, x, model.fc.base_layer(x), ("a0",))
+
+
+def test_no_reference_is_lost_or_kept():
+    model = adapted({"lora_bias": True}, {"init_lora_weights": "pissa"})
+    x = torch.randn(1, 6)
+    layer = model.fc
+    held = [layer.lora_A["a0"].weight, layer.lora_B["a0"].bias, layer._initial["a1"][0], x, model.fc.base_layer]
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        gc.collect()
+        before = [sys.getrefcount(one) for one in held]
+        for _ in range(100):
+            model(x)
+        assert [sys.getrefcount(one) for one in held] == before
+
+
+def test_adapters_come_and_go_while_others_compute():
+    model = adapted()
+    x = torch.randn(64, 6)
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def compute() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    model(x)
+                except Exception as error:  # noqa: BLE001  (whatever it is, the test shall say so)
+                    failed.append(error)
+                    return
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(40):
+        model.add_adapter(peft.LoraConfig(target_modules=["fc"], r=3), f"b{i}")
+        model.delete_adapter(f"b{i}")
+        model.set_adapter("a0")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
