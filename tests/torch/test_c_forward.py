@@ -46,7 +46,9 @@ def adapted(*configs: Any, dtype: Any = torch.float32) -> Model:
     torch.manual_seed(0)
     model = Model().to(dtype).eval()
     for i, config in enumerate(configs or [{}]):
-        model.add_adapter(peft.LoraConfig(target_modules=["fc"], r=3, **{"init_lora_weights": False, **config}), f"a{i}")
+        model.add_adapter(
+            peft.LoraConfig(target_modules=["fc"], r=3, **{"init_lora_weights": False, **config}), f"a{i}"
+        )
     model.set_adapter([f"a{i}" for i in range(len(configs) or 1)])
     return model
 
