@@ -153,7 +153,8 @@ def _warn_if_targets_differ(model: Any, name: str, made: MadeAdapter) -> None:
     attached = attachment(model)
     adapted = set(attached.registry.adapted_modules(name))
     checker = AdapterRegistry()
-    checker.bind(describe(attached.host.named_modules(model), [], False), attached.host.output_embedding(model))
+    modules = attached.host.named_modules(model)
+    checker.bind(describe(modules, [], False), attached.host.output_embedding(model, modules))
     try:
         checker.add(name, json.dumps({**json.loads(made.text), "bias": "none"}))
         meant = set(checker.adapted_modules(name))
