@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, check_rows, dropout_module, dropout_modules, transposed
-from .torch_lowrank import add_lowrank, add_plain
+from .torch_lowrank import add_lowrank, add_plain, runs_eagerly
 from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
 
 #: Which axis of a factor is its rank.
@@ -136,16 +136,23 @@ class LoraLayer(AdaptedLayer):
 
     def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
         """The weight and bias with one adapter folded in; new tensors."""
-        product, scaling = self._product(name), self.scaling[name]
-        merged = weight + product * scaling
-        if self.use_dora[name]:
-            magnitude = self._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-            norm = self._norm(weight, product, scaling)
-            merged = self._along_outputs(magnitude / norm) * merged
+        scaling = self.scaling[name]
+        merged = None if self.use_dora[name] or name in self._initial else self._sum_in_c(name, weight)
+        if merged is None:
+            product = self._product(name)
+            merged = weight + product * scaling
+            if self.use_dora[name]:
+                magnitude = self._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
+                norm = self._norm(weight, product, scaling)
+                merged = self._along_outputs(magnitude / norm) * merged
         if self.lora_bias[name]:
             extra = self._modules["lora_B"]._modules[name].bias * scaling
             bias = extra if bias is None else bias + extra
         return merged, bias
+
+    def _sum_in_c(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        """weight + scaling · B A in one pass over the weight, or None where torch's operations are needed."""
+        return None
 
     def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
         """A DoRA scale shaped to multiply the weight as stored."""
@@ -198,6 +205,14 @@ class Linear(LoraLayer):
             a, b = self._initial[adapter]
             product = product - b @ a
         return product.T if self.fan_in_fan_out else product
+
+    def _sum_in_c(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        if not runs_eagerly():
+            return None
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        made = torch.empty_like(weight)
+        done = _core.add_lowrank_to_weight(weight, a, b, self.scaling[name], None, self.fan_in_fan_out, made)
+        return made if done else None
 
     def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
         total = weight + scaling * product
