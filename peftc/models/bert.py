@@ -76,7 +76,7 @@ class BertEmbeddings(Module):
 
 
 class BertSelfAttention(Module):
-    """Multi-head attention of the sequence to itself."""
+    """Multi-head attention of the sequence to itself. `rows` are the tokens that a result is wanted for, or all."""
 
     def __init__(self, config: ModelConfig, dtype: Any) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class BertSelfAttention(Module):
         self.value = Linear(width, width, dtype=dtype)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        q, k, v = self.query(hidden), self.key(hidden), self.value(hidden)
+    def forward(self, hidden: np.ndarray, mask: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+        q, k, v = self.query(rows), self.key(hidden), self.value(hidden)
         dropout = self.dropout.p if self.training else 0.0
         return _core.attention(q, k, v, self.num_attention_heads, mask, None, dropout)
 
@@ -114,8 +114,8 @@ class BertAttention(Module):
         self.self = BertSelfAttention(config, dtype)
         self.output = BertOutput(config.hidden_size, config, dtype)
 
-    def forward(self, hidden: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        return self.output(self.self(hidden, mask), hidden)
+    def forward(self, hidden: np.ndarray, mask: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+        return self.output(self.self(hidden, mask, rows), rows)
 
 
 class BertIntermediate(Module):
@@ -139,24 +139,26 @@ class BertLayer(Module):
         self.intermediate = BertIntermediate(config, dtype)
         self.output = BertOutput(config.intermediate_size, config, dtype)
 
-    def forward(self, hidden: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        attended = self.attention(hidden, mask)
+    def forward(self, hidden: np.ndarray, mask: np.ndarray | None, first_only: bool = False) -> np.ndarray:
+        rows = hidden[:, :1] if first_only else hidden
+        attended = self.attention(hidden, mask, rows)
         return self.output(self.intermediate(attended), attended)
 
 
 class BertEncoder(Module):
-    """The blocks, one after the other."""
+    """The blocks, one after the other. With first_only the last one computes the first token alone."""
 
     def __init__(self, config: ModelConfig, dtype: Any) -> None:
         super().__init__()
         self.layer = ModuleList(BertLayer(config, dtype) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self, hidden: np.ndarray, mask: np.ndarray | None, keep: bool
+        self, hidden: np.ndarray, mask: np.ndarray | None, keep: bool, first_only: bool = False
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         states = [hidden]
-        for layer in self.layer:
-            hidden = layer(hidden, mask)
+        last = len(self.layer) - 1
+        for i, layer in enumerate(self.layer):
+            hidden = layer(hidden, mask, first_only and i == last)
             if keep:
                 states.append(hidden)
         return hidden, tuple(states) if keep else None
@@ -225,15 +227,33 @@ class BertModel(PreTrainedModel):
             IndexError: an id outside its table.
             TypeError: ids that are not integers.
         """
+        hidden, states = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states, False
+        )
+        return ModelOutput(last_hidden_state=hidden, pooler_output=self._pool(hidden), hidden_states=states)
+
+    def _encode(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        token_type_ids: Any,
+        position_ids: Any,
+        inputs_embeds: Any,
+        keep: bool,
+        first_only: bool,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """The last hidden states, of the first token alone if first_only, and all of them if keep."""
         words = self._words(input_ids, inputs_embeds)
         batch, length, _ = words.shape
         token_type_ids = _as_ids("token_type_ids", token_type_ids, batch, length)
         position_ids = _as_ids("position_ids", position_ids, batch, length)
         mask = _as_mask(attention_mask, batch, length)
         hidden = self.embeddings(words, token_type_ids, position_ids)
-        hidden, states = self.encoder(hidden, mask, output_hidden_states)
-        pooled = self.pooler(hidden) if self.pooler is not None and length > 0 else None
-        return ModelOutput(last_hidden_state=hidden, pooler_output=pooled, hidden_states=states)
+        encoded: tuple[np.ndarray, tuple[np.ndarray, ...] | None] = self.encoder(hidden, mask, keep, first_only)
+        return encoded
+
+    def _pool(self, hidden: np.ndarray) -> np.ndarray | None:
+        return self.pooler(hidden) if self.pooler is not None and hidden.shape[1] > 0 else None
 
     def _words(self, input_ids: Any, inputs_embeds: Any) -> np.ndarray:
         """Word embeddings in memory of their own."""
@@ -300,11 +320,21 @@ class BertForSequenceClassification(PreTrainedModel):
         Returns:
             logits (batch, num_labels); hidden_states as `BertModel` gives them, or None.
         """
-        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states)
-        if out.pooler_output is None:
+        # Only the first token is looked at: the last block need not compute the others, neither forward nor back.
+        hidden, states = self.bert._encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+            not output_hidden_states,
+        )
+        pooled = self.bert._pool(hidden)
+        if pooled is None:
             raise ValueError("a sequence without tokens cannot be classified")
-        logits = self.classifier(self.dropout(out.pooler_output))
-        return ModelOutput(logits=logits, hidden_states=out.hidden_states)
+        logits = self.classifier(self.dropout(pooled))
+        return ModelOutput(logits=logits, hidden_states=states)
 
 
 def _checked(config: ModelConfig) -> ModelConfig:

@@ -164,9 +164,9 @@ class Module(_core.Module):
 
         Args:
             gradient: of the loss with respect to a result of the call, as the losses of `peftc.nn.functional` give it,
-                or any array of the result's shape.
-            output: that result, where `gradient` does not come from a loss of peftc and the call gave several of its shape
-                or was not the last.
+                or any array of the result's shape. A tuple when the loss depends on several results.
+            output: that result (a tuple likewise), where `gradient` does not come from a loss of peftc and the call gave
+                several of its shape or was not the last.
 
         Raises:
             RuntimeError: there was no call, it was in eval mode, nothing in it is trainable, or its gradient was taken
@@ -174,7 +174,14 @@ class Module(_core.Module):
             ValueError: `gradient` has a shape that no result has, or that several have.
             FloatingPointError: `gradient` has NaN or infinity; nothing is changed.
         """
-        _core.backward(_start(self, gradient, output), gradient)
+        if not isinstance(gradient, tuple):
+            _core.backward((_start(self, gradient, output),), (gradient,))
+            return
+        outputs = output if isinstance(output, tuple) else (output,) * len(gradient)
+        if len(outputs) != len(gradient):
+            raise ValueError(f"{type(self).__name__}.backward: {len(gradient)} gradients for {len(outputs)} results")
+        starts = tuple(_start(self, one, of) for one, of in zip(gradient, outputs))
+        _core.backward(starts, gradient)
 
     def zero_grad(self) -> None:
         """Forget every gradient."""

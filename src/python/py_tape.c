@@ -259,12 +259,34 @@ int peftc_input_node(peftc_state *state, PyObject *input, peftc_node **out)
     return -1;
 }
 
+static void let_go(PyObject *capsule) { Py_XDECREF((PyObject *)PyCapsule_GetPointer(capsule, NULL)); }
+
+/* A Tensor over the array's memory.  Its base is no array, so that NumPy cannot look through it: whatever is made from
+ * the Tensor has the Tensor as its base, by which peftc_input_node knows it. */
+static PyObject *tensor_over(peftc_state *state, PyArrayObject *array)
+{
+    PyObject *capsule = PyCapsule_New(array, NULL, let_go);
+    if (capsule == NULL)
+        return NULL;
+    Py_INCREF(array); /* the capsule's */
+    PyArray_Descr *descr = PyArray_DESCR(array);
+    Py_INCREF(descr);
+    const int flags = PyArray_FLAGS(array) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS | NPY_ARRAY_ALIGNED);
+    PyObject *tensor = PyArray_NewFromDescr((PyTypeObject *)state->tensor_type, descr, PyArray_NDIM(array),
+                                            PyArray_DIMS(array), PyArray_STRIDES(array), PyArray_DATA(array), flags, NULL);
+    if (tensor == NULL)
+        Py_DECREF(capsule);
+    else if (PyArray_SetBaseObject((PyArrayObject *)tensor, capsule) < 0) /* takes the capsule over in any case */
+        Py_CLEAR(tensor);
+    return tensor;
+}
+
 PyObject *peftc_tensor_new(peftc_state *state, PyObject *array, peftc_node *node)
 {
     PyObject *tensor = NULL;
     if (array != NULL && node != NULL) {
         PyArray_CLEARFLAGS((PyArrayObject *)array, NPY_ARRAY_WRITEABLE); /* others may have saved it */
-        tensor = PyArray_View((PyArrayObject *)array, NULL, (PyTypeObject *)state->tensor_type);
+        tensor = tensor_over(state, (PyArrayObject *)array);
         if (tensor != NULL && PyObject_SetAttr(tensor, state->node_name, (PyObject *)node) < 0)
             Py_CLEAR(tensor);
     }
@@ -427,20 +449,25 @@ static int refuse_used(const peftc_node *node)
     return -1;
 }
 
-static int run_pass(peftc_state *state, peftc_node *root, PyArrayObject *gradient)
+/* The gradients (a tuple of arrays) start at the roots (a tuple of nodes). */
+static int run_pass(peftc_state *state, PyObject *roots, PyObject *gradients)
 {
     reached r = {0};
     const uint64_t pass = ++state->next_node;
-    int status = reach(&r, root, pass);
+    int status = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(roots) && status == 0; i++)
+        status = reach(&r, cast(PyTuple_GET_ITEM(roots, i)), pass);
     for (size_t i = 0; i < r.count && status == 0; i++) {
         status = refuse_used(r.nodes[i]);
         for (Py_ssize_t p = 0; p < r.nodes[i]->parent_count && status == 0; p++)
             status = reach(&r, r.nodes[i]->parents[p], pass);
     }
-    if (status == 0) {
+    bool started = status == 0;
+    if (started)
         qsort(r.nodes, r.count, sizeof *r.nodes, later_first);
-        root->grad = (PyArrayObject *)Py_NewRef(gradient);
-    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(roots) && status == 0; i++)
+        status = peftc_node_give(cast(PyTuple_GET_ITEM(roots, i)),
+                                 (PyArrayObject *)Py_NewRef(PyTuple_GET_ITEM(gradients, i)));
     for (size_t i = 0; i < r.count && status == 0; i++) {
         peftc_node *node = r.nodes[i];
         PyArrayObject *dy = node->grad;
@@ -452,7 +479,7 @@ static int run_pass(peftc_state *state, peftc_node *root, PyArrayObject *gradien
         forget(node);
     }
     for (size_t i = 0; i < r.count; i++) {
-        if (status != 0 && root->used) /* half of the gradients are there: nobody shall go on from here */
+        if (status != 0 && started) /* some gradients may be there: nobody shall go through here again */
             r.nodes[i]->used = true;
         Py_CLEAR(r.nodes[i]->grad);
         Py_DECREF((PyObject *)r.nodes[i]);
@@ -461,17 +488,11 @@ static int run_pass(peftc_state *state, peftc_node *root, PyArrayObject *gradien
     return status;
 }
 
-static PyObject *backward(PyObject *module, PyObject *args)
+/* A gradient as an array of its own for a root; NULL with an exception. */
+static PyArrayObject *take_gradient(const peftc_node *root, PyObject *obj)
 {
-    peftc_state *state = peftc_get_state(module);
-    PyObject *node_obj, *gradient_obj;
-    if (!PyArg_ParseTuple(args, "O!O:backward", state->node_type, &node_obj, &gradient_obj))
-        return NULL;
-    peftc_node *root = cast(node_obj);
-    if (refuse_used(root) < 0)
-        return NULL;
     PyArrayObject *gradient = (PyArrayObject *)PyArray_FROM_OTF(
-        gradient_obj, peftc_compute_type(root->compute),
+        obj, peftc_compute_type(root->compute),
         NPY_ARRAY_CARRAY | NPY_ARRAY_FORCECAST | NPY_ARRAY_ENSUREARRAY | NPY_ARRAY_ENSURECOPY);
     if (gradient == NULL)
         return NULL;
@@ -487,8 +508,35 @@ static PyObject *backward(PyObject *module, PyObject *args)
                      "loss, the learning rate and the data of this batch",
                      (long long)bad, root->shape);
     Py_XDECREF(shape);
-    int status = same > 0 && bad < 0 ? run_pass(state, root, gradient) : -1;
-    Py_DECREF(gradient);
+    if (same <= 0 || bad >= 0)
+        Py_CLEAR(gradient);
+    return gradient;
+}
+
+static PyObject *backward(PyObject *module, PyObject *args)
+{
+    peftc_state *state = peftc_get_state(module);
+    PyObject *roots, *values;
+    if (!PyArg_ParseTuple(args, "O!O!:backward", &PyTuple_Type, &roots, &PyTuple_Type, &values))
+        return NULL;
+    const Py_ssize_t count = PyTuple_GET_SIZE(roots);
+    if (PyTuple_GET_SIZE(values) != count)
+        return PyErr_Format(PyExc_ValueError, "%zd gradients for %zd results", PyTuple_GET_SIZE(values), count);
+    PyObject *gradients = PyTuple_New(count);
+    for (Py_ssize_t i = 0; gradients != NULL && i < count; i++) {
+        PyObject *root = PyTuple_GET_ITEM(roots, i);
+        PyArrayObject *gradient = NULL;
+        if (!Py_IS_TYPE(root, state->node_type))
+            PyErr_Format(PyExc_TypeError, "expected a node, got %R", root);
+        else if (refuse_used(cast(root)) == 0)
+            gradient = take_gradient(cast(root), PyTuple_GET_ITEM(values, i));
+        if (gradient == NULL)
+            Py_CLEAR(gradients);
+        else
+            PyTuple_SET_ITEM(gradients, i, (PyObject *)gradient);
+    }
+    int status = gradients != NULL ? run_pass(state, roots, gradients) : -1;
+    Py_XDECREF(gradients);
     return status == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
@@ -579,7 +627,7 @@ static PyObject *set_tensor_type(PyObject *module, PyObject *type)
 
 static PyMethodDef functions[] = {
     {"backward", backward, METH_VARARGS,
-     "backward(node, gradient, /)\n--\n\nSend the gradient of a recorded result back to the parameters.\n\n"
+     "backward(nodes, gradients, /)\n--\n\nSend the gradients of recorded results (tuples) back to the parameters.\n\n"
      "Raises RuntimeError when it passed already, ValueError for another shape, FloatingPointError for NaN or infinity."},
     {"record", record, METH_VARARGS,
      "record(inputs, result, function, /)\n--\n\nresult as a Tensor that `function` leads back from: it is called with the "
