@@ -26,7 +26,7 @@ class Switch:
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
         #: while a batch is mixed: the adapter of each of its rows, "__base__" for none
-        self.rows: list[str] | None = None
+        self.rows: Rows | None = None
         #: stands where a layer drops nothing; one for all layers: it has no state but its mode, which is the model's
         self.no_dropout: nn.Identity | None = None
 
@@ -226,13 +226,27 @@ class AdaptedLayer(nn.Module):
         return f"peftc.{super().__repr__()}"
 
 
-def check_rows(batch: Any, adapter_names: Sequence[str]) -> None:
-    """Refuse a mixed batch whose rows are not as many as the names. Raises ValueError."""
-    if len(batch) != len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {len(batch)} respectively."
-        )
+class Rows:
+    """The adapters of the rows of a mixed batch: `groups` has (name, where its rows are) for each of them."""
+
+    __slots__ = ("groups", "names")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.groups: list[tuple[str, slice | torch.Tensor]] = []
+        for name in dict.fromkeys(names):
+            rows = [i for i, other in enumerate(names) if other == name]
+            # Rows in one piece are a view, whose result can be written in place.
+            together = rows[-1] - rows[0] + 1 == len(rows)
+            self.groups.append((name, slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows)))
+
+    def check(self, batch: Any) -> None:
+        """Refuse a batch that has not as many rows. Raises ValueError."""
+        if len(batch) != len(self.names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {len(batch)} respectively."
+            )
 
 
 def _names(container: Any) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _core
-from .torch_layers import AdaptedLayer, check_rows, dropout_module, dropout_modules, transposed
+from .torch_layers import AdaptedLayer, Rows, dropout_module, dropout_modules, transposed
 from .torch_lowrank import add_lowrank, add_plain, runs_eagerly
 from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
 
@@ -112,15 +112,17 @@ class LoraLayer(AdaptedLayer):
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Each row of the batch with its own adapter ("__base__": none)."""
-        if adapter_names is None:
-            adapter_names = self._peftc.rows or []
-        check_rows(x, adapter_names)
+        rows = self._peftc.rows if adapter_names is None else Rows(adapter_names)
+        assert rows is not None  # one of the two says it
+        rows.check(x)
         result = self._modules["base_layer"](x, *args, **kwargs)
         dtype = result.dtype
-        for name in dict.fromkeys(adapter_names):
+        for name, where in rows.groups:
             if name in self.scaling:
-                rows = [i for i, n in enumerate(adapter_names) if n == name]
-                result[rows] = self._add(name, x[rows], result[rows]).to(dtype)
+                part = result[where]
+                added = self._add(name, x[where], part)
+                if added is not part or not isinstance(where, slice):
+                    result[where] = added.to(dtype)
         return result
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -264,6 +266,8 @@ class Linear(LoraLayer):
         return result + (scale - 1) * plain + scale * b(a(x)) * scaling
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        if not is_compiling() and (added := add_plain(self, x, result, (name,))) is not None:
+            return added
         x = self._cast(x, self.lora_A[name].weight.dtype)
         return self._dora(name, x, result) if self.use_dora[name] else self._plain(x, result, [name])
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import torch_peft
+from .torch_layers import Rows
 from .torch_registry import TorchRegistry
 
 BASE = "__base__"
@@ -37,7 +38,7 @@ def rows(registry: TorchRegistry, training: bool, adapter_names: Any, num_beams:
         yield
         return
     handles = _encoder_without_beams(registry.model, switch, names) if beams > 1 else []
-    switch.rows = [name for name in names for _ in range(beams)]
+    switch.rows = Rows([name for name in names for _ in range(beams)])
     handles += _tell_pefts_layers(registry, switch)
     try:
         yield
@@ -71,12 +72,12 @@ def _encoder_without_beams(model: Any, switch: Any, names: list[str]) -> list[An
     """The encoder of an encoder-decoder model sees each row once, before a beam search repeats them."""
     if not hasattr(model, "get_encoder") or not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
         return []
-    encoder = model.get_encoder()
+    encoder, once = model.get_encoder(), Rows(names)
     with_beams: list[Any] = []
 
     def before(module: Any, args: Any) -> None:
         with_beams.append(switch.rows)
-        switch.rows = names
+        switch.rows = once
 
     def after(module: Any, args: Any, output: Any) -> None:
         switch.rows = with_beams.pop()
@@ -87,10 +88,10 @@ def _encoder_without_beams(model: Any, switch: Any, names: list[str]) -> list[An
 def _tell_pefts_layers(registry: TorchRegistry, switch: Any) -> list[Any]:
     """Layers that PEFT made take the names as an argument of each call."""
     parts = [part for part in map(registry.part, registry.names()) if part is not None]
-    torch_peft.follow(parts, tuple(name for name in dict.fromkeys(switch.rows) if name != BASE))
+    torch_peft.follow(parts, tuple(name for name, _ in switch.rows.groups if name != BASE))
 
     def before(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "adapter_names": switch.rows}
+        return args, {**kwargs, "adapter_names": switch.rows.names}
 
     wrappers = {id(wrapper): wrapper for part in parts for _, _, wrapper in part.wrappers}
     return [wrapper.register_forward_pre_hook(before, with_kwargs=True) for wrapper in wrappers.values()]

@@ -3,10 +3,9 @@
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 
-from .torch_layers import Switch, check_rows
+from .torch_layers import Rows, Switch
 from .torch_stamps import module_dict
 from .torch_wrappers import inner, unwrap
 
@@ -46,19 +45,19 @@ class SavedModule(nn.Module):
         return self._modules["original_module"]
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is None:
-            adapter_names = self._peftc.rows
-        if adapter_names is None:
+        rows = self._peftc.rows if adapter_names is None else Rows(adapter_names)
+        if rows is None:
             return self.chosen()(*args, **kwargs)
         batch, copies = args[0], self.copies()
-        check_rows(batch, adapter_names)
-        parts: list[Any] = [None] * len(adapter_names)
-        for name in dict.fromkeys(adapter_names):
-            rows = [i for i, n in enumerate(adapter_names) if n == name]
+        rows.check(batch)
+        result: Any = None
+        for name, where in rows.groups:
             module = copies.get(name, self._modules["original_module"])
-            for row, result in zip(rows, module(batch[rows], *args[1:], **kwargs), strict=True):
-                parts[row] = result
-        return torch.stack(parts)
+            part = module(batch[where], *args[1:], **kwargs)
+            if result is None:
+                result = part.new_empty((len(batch), *part.shape[1:]))
+            result[where] = part
+        return result
 
     def __getattr__(self, name: str) -> Any:
         try:
