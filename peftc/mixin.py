@@ -200,10 +200,14 @@ class PeftAdapterMixin:
             adapter_name: "default" if None. A name that is taken is an error, one with a dot too.
             revision: branch, tag, commit or "refs/pr/N" on the Hub.
             token: access token for the Hub.
-            device_map: where to put the adapter. This host has the CPU: "auto", "cpu", None or a dict of those.
-            max_memory: for splitting a model over devices; without effect on a host with one device.
-            offload_folder: where to put what device_map sends to disk; without effect, as nothing is.
-            offload_index: likewise.
+            device_map: where to put a torch model's parts when it gets its first adapter, if accelerate has spread it over
+                "cpu" or "disk" (`hf_device_map`): "auto", "balanced", "balanced_low_0" or "sequential" (accelerate's choice),
+                a device, or a dict of module's name → device; None leaves them where they are, and so does "auto" under
+                Transformers 5. Adapters stay in memory, on the device that their layers compute on. Other models are
+                never moved. NumPy models have the CPU: "auto", "cpu", None or a dict of those.
+            max_memory: device → bytes or "10GB", for accelerate's choice; what memory there is if None.
+            offload_folder: where to write what goes to disk and is not there yet.
+            offload_index: tensor's name → where it is, as accelerate has it, of what is on disk already.
             peft_config: a config (or a dict of its fields) instead of the folder's adapter_config.json.
             adapter_state_dict: name → array instead of a file; needs `peft_config`. Names may start with
                 "base_model.model.". Arrays are copied and converted to the base layer's dtype.
@@ -279,6 +283,9 @@ class PeftAdapterMixin:
         if key_mapping or not isinstance(source, str):
             source = _renamed(_read_weights(source), key_mapping, attached.host)
 
+        places = None
+        if not self._hf_peft_config_loaded and (generation.dispatches or device_map != "auto"):
+            places = attached.host.plan_places(self, device_map, max_memory, offload_folder, offload_index)
         origin = peft_model_id if peft_model_id is not None else "state_dict"
         mode = config.inference_mode
         if generation.argument_decides:
@@ -293,6 +300,8 @@ class PeftAdapterMixin:
         report = generation.report(self, origin, missing, unexpected)
         if config.inference_mode:
             attached.host.to_eval(self)
+        if places is not None:
+            attached.host.carry_out(self, places)
         return report  # type: ignore[no-any-return]
 
     def enable_peft_hotswap(

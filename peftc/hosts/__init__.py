@@ -95,6 +95,14 @@ class Host(Protocol):
             RuntimeError, ValueError: the two do not fit; nothing has changed.
         """
 
+    def plan_places(self, model: Any, device_map: Any, max_memory: Any, offload_folder: Any, offload_index: Any) -> Any:
+        """Where the parts of a model that is spread over devices, memory and disk are to be after a load.
+
+        None: where they are. Raises ValueError where the arguments cannot be followed; nothing is changed."""
+
+    def carry_out(self, model: Any, plan: Any) -> None:
+        """Do what `plan_places` planned."""
+
     def to_eval(self, model: Any) -> None:
         """model.eval(), at a cost that does not grow with the number of adapters."""
 

@@ -32,6 +32,8 @@ class Generation:
 
     #: Does load_adapter's `is_trainable` decide, or, where one is passed, the config's `inference_mode`?
     argument_decides = False
+    #: does the first load put a model anew that accelerate has spread over devices?
+    dispatches = True
 
     def methods(self) -> dict[str, Any]:
         """Methods to put under Transformers in the place of the mixin's: those whose signatures differ."""

@@ -137,6 +137,12 @@ class NumpyHost:
             raise
         return made
 
+    def plan_places(self, model: Any, device_map: Any, max_memory: Any, offload_folder: Any, offload_index: Any) -> Any:
+        return None
+
+    def carry_out(self, model: Any, plan: Any) -> None:
+        pass
+
     def to_eval(self, model: Any) -> None:
         model.eval()
 

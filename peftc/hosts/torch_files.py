@@ -23,8 +23,10 @@ def names_in(source: Any) -> list[str]:
     return list(_core.torch_bin_raw(source))
 
 
-def read(source: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Copies of these tensors, in the dtype they are stored in.
+def read(source: Any, names: Iterable[str], *, mapped: bool = False) -> dict[str, torch.Tensor]:
+    """These tensors, in the dtype they are stored in: copies, unless source is a dict.
+
+    mapped: the caller copies them at once, so those of a safetensors file need be no copies but may be the file's own pages.
 
     Raises:
         TypeError: a tensor that is neither floating point nor of indices.
@@ -36,10 +38,13 @@ def read(source: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: torch.as_tensor(source[name]) for name in wanted}
     raw: dict[str, tuple[str, tuple[int, ...], Any]] = {}
     if source.endswith(".safetensors"):
-        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for name, dtype, shape, offset, size in _core.safetensors_layout(data, source):
-                if name in wanted:
-                    raw[name] = (dtype, shape, data[offset : offset + size])
+        with open(source, "rb") as file:
+            # Private and writable, as torch wants memory to be; it lives as long as a tensor over it.
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        for name, dtype, shape, offset, size in _core.safetensors_layout(data, source):
+            if name in wanted:
+                part = data[offset : offset + size]
+                raw[name] = (dtype, shape, part if mapped and offset % 8 == 0 else bytearray(part))
     else:
         raw = {name: row for name, row in _core.torch_bin_raw(source).items() if name in wanted}
     tensors = {}
@@ -48,6 +53,7 @@ def read(source: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
         if kind is None:
             known = ", ".join([*FROM_NAME, *_INDICES])
             raise TypeError(f"{source}: tensor {name} has dtype {dtype}; those of adapters are {known}")
-        flat = torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0)
+        memory = bytearray(content) if isinstance(content, bytes) else content
+        flat = torch.frombuffer(memory, dtype=kind) if len(memory) else torch.empty(0, dtype=kind)
         tensors[name] = flat.reshape(shape)
     return tensors

@@ -91,6 +91,7 @@ class Five(Generation):
     """Transformers 5."""
 
     argument_decides = True
+    dispatches = False
 
     def methods(self) -> dict[str, Any]:
         return {"load_adapter": load_adapter}

@@ -112,6 +112,18 @@ class TorchHost:
     def replace(self, registry: TorchRegistry, name: str, make: Callable[[str], Any]) -> Any:
         return torch_hotswap.replace(registry, name, make)
 
+    def plan_places(self, model: Any, device_map: Any, max_memory: Any, offload_folder: Any, offload_index: Any) -> Any:
+        if getattr(model, "hf_device_map", None) is None:
+            return None
+        from . import torch_dispatch
+
+        return torch_dispatch.plan(model, device_map, max_memory, offload_folder, offload_index)
+
+    def carry_out(self, model: Any, plan: Any) -> None:
+        from . import torch_dispatch
+
+        torch_dispatch.carry_out(model, plan)
+
     def to_eval(self, model: Any) -> None:
         """An adapted layer that is in eval mode has its adapters in it too, if none was loaded to be trained: passed over."""
         if type(model).train is not nn.Module.train or type(model).eval is not nn.Module.eval:

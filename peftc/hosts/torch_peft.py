@@ -10,15 +10,14 @@ modules_to_save, biases, state dicts and files.  A call that PEFT refuses leaves
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _prepare
-from . import torch_files
-from .torch_wrappers import around, inner, is_ours, is_pefts, places, take_out, unwrap
+from . import torch_dispatch, torch_files
+from .torch_wrappers import around, inner, is_ours, is_pefts, places, take_out, taken_out, unwrap
 
 #: What errors say that mean "peftc has no code for it", as opposed to "this cannot work".
 _NO_CODE = (
@@ -227,8 +226,9 @@ class Part:
 
     def merge(self, safe_merge: bool) -> None:
         """Fold the adapter into copies of the base weights, by PEFT's own code."""
-        for _, _, wrapper in self.wrappers:
+        for path, _, wrapper in self.wrappers:
             base = unwrap(wrapper)
+            torch_dispatch.check_in_memory(path, base, "merging changes them")
             before = [
                 (m, dict(m._parameters), [(p, p.data) for p in m.parameters(recurse=False)]) for m in base.modules()
             ]
@@ -337,29 +337,6 @@ class _Tree:
                         now[name] = before[name]
 
 
-@contextmanager
-def _without_ours(model: nn.Module) -> Iterator[None]:
-    """The tree without peftc's layers; afterwards they stand around whatever is in their places then."""
-    kept = []
-    for parent, key in list(places(model)):
-        top = parent._modules[key]
-        if not is_ours(top):
-            continue
-        inside = inner(top)
-        while inside is not None and is_ours(inside[0]._modules[inside[1]]):
-            inside = inner(inside[0]._modules[inside[1]])
-        assert inside is not None
-        kept.append((parent, key, top, inside))
-    for parent, key, _, (holder, slot) in kept:
-        parent._modules[key] = holder._modules[slot]
-    try:
-        yield
-    finally:
-        for parent, key, top, (holder, slot) in kept:
-            holder._modules[slot] = parent._modules[key]
-            parent._modules[key] = top
-
-
 def _inject(model: Any, config: Any, name: str, siblings: dict[str, Any]) -> None:
     """Let PEFT put the adapter's layers into the model. It is to know the other adapters of the method, and no others."""
     from peft import inject_adapter_in_model
@@ -417,7 +394,7 @@ def make(
     }
     tree = _Tree(model)
     try:
-        with _without_ours(model):
+        with taken_out(model, is_ours):
             _inject(model, worked, name, siblings)
             for parent, key in list(places(model)):
                 if type(parent._modules[key]).__name__ == "ModulesToSaveWrapper":  # peftc has its own
@@ -425,6 +402,8 @@ def make(
         tree.put_back_lost()
         part = Part(name, method, bool(getattr(config, "save_projection", False)))
         part.find(model)
+        for path, _, wrapper in part.wrappers:
+            torch_dispatch.check_in_memory(path, unwrap(wrapper), "PEFT puts an adapter where they are")
         part.train()
         if getattr(config, "save_only_topk_weights", False):
             raise NotImplementedError(
@@ -457,7 +436,7 @@ def fill(part: Part, source: Any) -> tuple[list[str], list[str]]:
     given = {name.removeprefix(_PREFIX): name for name in torch_files.names_in(source)}
     targets = {key: tensor for key, _, tensor in part.rows()}
     found = {key: name for key, name in given.items() if key in targets}
-    values = torch_files.read(source, found.values())
+    values = torch_files.read(source, found.values(), mapped=True)
     origin = source if isinstance(source, str) else "state_dict"
     for key, name in found.items():
         target, value = targets[key], values[name]

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import _core
 from .._core import AdapterRegistry
-from . import torch_adalora, torch_attention, torch_files, torch_ia3, torch_lora, torch_peft
+from . import torch_adalora, torch_attention, torch_dispatch, torch_files, torch_ia3, torch_lora, torch_peft
 from .torch_adapter import Adapter, tensor_of, tensors_by_module
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of
@@ -135,10 +135,7 @@ class TorchRegistry:
         adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
         if values.get("use_dora"):
             for path, *_ in slots:
-                if modules[path].weight.device.type == "meta" and hasattr(modules[path], "_hf_hook"):
-                    raise NotImplementedError(
-                        f"peftc has no code for DoRA on a layer whose weights are on disk ({path})"
-                    )
+                torch_dispatch.check_in_memory(path, modules[path], "DoRA takes their norm")
         saved = self._plan_saved(values.get("modules_to_save") or [])
         adapter.biases = self._plan_biases(bias, {slot[0] for slot in slots if slot[1]}, [path for path, _ in saved])
         adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
@@ -314,7 +311,7 @@ class TorchRegistry:
             if key not in named:
                 raise KeyError(f"{key}: {origin} has no such tensor, and modules_to_save names its module")
         found = {key: name for key, name in named.items() if key in targets}
-        for name, tensor in torch_files.read(source, found.values()).items():
+        for name, tensor in torch_files.read(source, found.values(), mapped=True).items():
             target = targets[name.removeprefix(_PREFIX)]
             if target.shape != tensor.shape:
                 raise ValueError(
@@ -542,6 +539,7 @@ class TorchRegistry:
                 base: Any = uses[0][0].get_base_layer()
                 names = uses[0][0].weight_name, uses[0][0].bias_name
                 old, bias = getattr(base, names[0]), getattr(base, names[1], None)
+                torch_dispatch.check_in_memory(path, base, "merging changes them")
                 weight = old.detach()
                 bias = None if bias is None else bias.detach()
                 for layer, name in uses:

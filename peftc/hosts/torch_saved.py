@@ -1,10 +1,10 @@
 """modules_to_save on torch models: a module, and the copy of it that each adapter brings."""
 
-import copy
 from typing import Any
 
 from torch import nn
 
+from . import torch_dispatch
 from .torch_layers import Rows, Switch
 from .torch_stamps import module_dict
 from .torch_wrappers import inner, unwrap
@@ -82,7 +82,7 @@ class SavedModule(nn.Module):
 
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy for an adapter to train: without the adapters of others that may sit inside."""
-    made: nn.Module = unwrap(copy.deepcopy(module))
+    made: nn.Module = unwrap(torch_dispatch.copy_of(module))
     made.__dict__.pop("modules_to_save", None)
     for parent in list(made.modules()):
         for key, child in list(parent._modules.items()):

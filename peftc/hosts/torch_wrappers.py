@@ -5,7 +5,8 @@ how to take a wrapper out again (`take_out`).  A class of peftc says in `_peftc_
 PEFT's classes are told by their bases.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -114,3 +115,32 @@ def places(model: nn.Module) -> Iterator[tuple[Any, str]]:
             if inner(child) is not None:
                 yield module, key
             stack.append(unwrap(child))
+
+
+def is_wrapper(module: Any) -> bool:
+    """Is it around another module?"""
+    return inner(module) is not None
+
+
+@contextmanager
+def taken_out(model: nn.Module, which: Callable[[Any], bool] = is_wrapper) -> Iterator[None]:
+    """The tree without its wrappers, or without the outer ones that `which` says yes to; afterwards they stand around
+    whatever is in their places then."""
+    kept = []
+    for parent, key in list(places(model)):
+        top = parent._modules[key]
+        if not which(top):
+            continue
+        inside = inner(top)
+        while inside is not None and which(inside[0]._modules[inside[1]]):
+            inside = inner(inside[0]._modules[inside[1]])
+        assert inside is not None
+        kept.append((parent, key, top, inside))
+    for parent, key, _, (holder, slot) in kept:
+        parent._modules[key] = holder._modules[slot]
+    try:
+        yield
+    finally:
+        for parent, key, top, (holder, slot) in kept:
+            holder._modules[slot] = parent._modules[key]
+            parent._modules[key] = top
