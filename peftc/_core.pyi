@@ -171,6 +171,7 @@ def lowrank_adder(
     levels: dict[str, Any],
     grad_enabled: Callable[[], bool],
     empty_like: Callable[[Any], Any],
+    record: Callable[[Any, Any, Any, Any, float], Any],
     /,
 ) -> Callable[[Any, Any, Any, tuple[str, ...]], Any]:
     """A function (layer, x, y, live) → y + Σ scaling · B(A(x)), or None where torch's own operations are needed."""

@@ -61,19 +61,6 @@ def _untouched(module: Any) -> bool:
     )
 
 
-#: the plain case in one call: (layer, x, result, names) → the sum, or None; not to be called while compiling
-add_plain = _core.lowrank_adder(
-    Linear,
-    nn.Identity,
-    (nn.Linear,),
-    _WATCHERS,
-    _REGISTRIES,
-    forward_ad.__dict__,
-    torch.is_grad_enabled,
-    torch.empty_like,
-)
-
-
 def add_lowrank(layer: Any, x: torch.Tensor, result: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
     """result + Σ scaling · B(A(dropout(x))), x (…, in), result (…, out); `result` may be overwritten."""
     if not torch.compiler.is_compiling() and type(x) is torch.Tensor and x.device.type == "cpu" and runs_eagerly():
@@ -163,3 +150,17 @@ class LowRank(torch.autograd.Function):
         d_down = through.T @ flat_x if need_down else None
         d_up = flat_g.T @ (flat_x @ down.T) * scaling if need_up else None
         return dx, grad if need_y else None, d_down, d_up, None
+
+
+#: the plain case in one call: (layer, x, result, names) → the sum, or None; not to be called while compiling
+add_plain = _core.lowrank_adder(
+    Linear,
+    nn.Identity,
+    (nn.Linear,),
+    _WATCHERS,
+    _REGISTRIES,
+    forward_ad.__dict__,
+    torch.is_grad_enabled,
+    torch.empty_like,
+    LowRank.apply,
+)

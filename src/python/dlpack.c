@@ -36,6 +36,7 @@ typedef struct peftc_torch {
     describe_fn describe;
     PyObject *is_neg_method; /* torch.Tensor.is_neg */
     PyCFunction is_neg;      /* and what is behind it, where it is a plain function of C */
+    PyObject *get_num_threads;
     PyObject *float32, *float64, *float16, *bfloat16;
     PyObject *data_ptr, *shape, *stride, *dtype, *device, *type; /* names */
 } peftc_torch;
@@ -45,7 +46,7 @@ static void torch_free(peftc_torch *torch)
     if (torch == NULL)
         return;
     PyObject **owned[] = {(PyObject **)&torch->tensor, (PyObject **)&torch->parameter, &torch->capsule,
-                          &torch->is_neg_method, &torch->float32, &torch->float64, &torch->float16,
+                          &torch->is_neg_method, &torch->get_num_threads, &torch->float32, &torch->float64, &torch->float16,
                           &torch->bfloat16, &torch->data_ptr, &torch->shape, &torch->stride, &torch->dtype,
                           &torch->device, &torch->type};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
@@ -67,6 +68,7 @@ int peftc_visit_torch(peftc_state *state, visitproc visit, void *arg)
         Py_VISIT(state->torch->parameter);
         Py_VISIT(state->torch->capsule);
         Py_VISIT(state->torch->is_neg_method);
+        Py_VISIT(state->torch->get_num_threads);
     }
     return 0;
 }
@@ -95,6 +97,7 @@ static peftc_torch *torch_learn(PyObject *module)
         goto failed;
     torch->parameter = (PyTypeObject *)PyObject_GetAttrString(nn, "Parameter");
     torch->is_neg_method = PyObject_GetAttrString((PyObject *)torch->tensor, "is_neg");
+    torch->get_num_threads = PyObject_GetAttrString(module, "get_num_threads");
     torch->float32 = PyObject_GetAttrString(module, "float32");
     torch->float64 = PyObject_GetAttrString(module, "float64");
     torch->float16 = PyObject_GetAttrString(module, "float16");
@@ -141,6 +144,15 @@ static peftc_torch *torch_find(peftc_state *state)
         torch_free(torch);
     }
     return state->torch;
+}
+
+pc_runtime *peftc_torch_runtime(peftc_state *state)
+{
+    PyObject *count = state->torch != NULL ? PyObject_CallNoArgs(state->torch->get_num_threads) : NULL;
+    bool one = count != NULL && PyLong_Check(count) && PyLong_AsLong(count) == 1;
+    Py_XDECREF(count);
+    PyErr_Clear();
+    return one ? NULL : state->rt;
 }
 
 /* ------------------------------------------------------------------- reading */

@@ -42,6 +42,10 @@ bool peftc_tensor_rows(const peftc_tensor *tensor, peftc_rows *out);
 /* Whether the tensor's elements lie one after the other in the order of its dimensions. */
 bool peftc_tensor_packed(const peftc_tensor *tensor);
 
+/* The threads that a kernel on torch's tensors may use: ours, but none where torch is told to use one, as in workers of a
+ * DataLoader and in servers with a process per core. */
+pc_runtime *peftc_torch_runtime(peftc_state *state);
+
 /* What is remembered about torch; in the module's state. */
 void peftc_forget_torch(peftc_state *state);
 int peftc_visit_torch(peftc_state *state, visitproc visit, void *arg);

@@ -139,8 +139,10 @@ static PyObject *lowrank_backward(PyObject *module, PyObject *const *args, Py_ss
     term.e = e;
     pc_error err;
     pc_status status;
-    PyThreadState *saved = (double)m * (double)(n + k) * (double)r >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
-    status = pc_lowrank_backward(state->rt, dtype, m, n, k, all[GRAD].rows.data, all[GRAD].rows.stride,
+    const bool large = (double)m * (double)(n + k) * (double)r >= WORTH_RELEASING;
+    pc_runtime *rt = large ? peftc_torch_runtime(state) : NULL;
+    PyThreadState *saved = large ? PyEval_SaveThread() : NULL;
+    status = pc_lowrank_backward(rt, dtype, m, n, k, all[GRAD].rows.data, all[GRAD].rows.stride,
                                  all[X].rows.data, all[X].rows.stride, &term, given[DX] ? all[DX].rows.data : NULL,
                                  given[DX] ? all[DX].rows.stride : 0, given[DA] ? all[DA].rows.data : NULL,
                                  given[DB] ? all[DB].rows.data : NULL, de, &err);
@@ -195,8 +197,9 @@ static PyObject *add_lowrank_to_weight(PyObject *module, PyObject *const *args, 
     term.e = factors;
     pc_error err;
     pc_status status;
+    pc_runtime *rt = peftc_torch_runtime(state);
     Py_BEGIN_ALLOW_THREADS
-    status = pc_lowrank_to_weight(state->rt, dtype, n, k, w.rows.data, w.rows.stride, out.rows.data, out.rows.stride,
+    status = pc_lowrank_to_weight(rt, dtype, n, k, w.rows.data, w.rows.stride, out.rows.data, out.rows.stride,
                                   &term, transpose != 0, &err);
     Py_END_ALLOW_THREADS
     return answer(state, status, &err);

@@ -15,6 +15,7 @@ enum piece {
     LEVELS,   /* the dict whose "_current_level" is -1 outside forward-mode differentiation */
     GRAD_ENABLED, /* torch.is_grad_enabled */
     EMPTY_LIKE,   /* torch.empty_like */
+    RECORD,       /* (x, y, A, B, scale) → y + scale · (x Aᵀ) Bᵀ, which autograd knows of */
     PIECES,       /* names from here on */
     MODULES = PIECES,
     PARAMETERS,
@@ -197,6 +198,27 @@ static bool is_fresh(call *c, PyObject *layer)
     return false;
 }
 
+/* The sum of one adapter such that autograd knows of it, a new reference; NULL without an exception for what is not the
+ * plain case. */
+static PyObject *recorded(call *c, PyObject *x, PyObject *y, const factors *one)
+{
+    pc_dtype dtype = PC_DTYPE_NONE;
+    operand rows, sum;
+    pc_lowrank_term term;
+    if (one->bias != Py_None || one->initial_a != NULL || !operand_take(c->state, x, &dtype, &rows) ||
+        !operand_take(c->state, y, &dtype, &sum) || !operands_fit(&rows, &sum, &sum) ||
+        !operands_term(c->state, &dtype, &rows, &sum, one->a, one->b, Py_None, Py_None, &term))
+        return NULL;
+    PyObject *scale = PyFloat_FromDouble(one->scale), *result = NULL;
+    if (scale != NULL) {
+        PyObject *arguments[] = {x, y, one->a, one->b, scale};
+        result = PyObject_Vectorcall(PIECE(c, RECORD), arguments, 5, NULL);
+        Py_DECREF(scale);
+    }
+    c->failed = result == NULL;
+    return result;
+}
+
 /* The sum of `count` adapters, a new reference; NULL without an exception for what is not the plain case. */
 static PyObject *sum_of(call *c, PyObject *layer, PyObject *x, PyObject *y, const factors *all, int count)
 {
@@ -245,8 +267,13 @@ static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, PyO
     }
     if (good && count == 0)
         result = Py_NewRef(y);
-    else if (good && nobody_watches(c) && !needs_grad(c, x, y, all, count) && !c->failed)
-        result = sum_of(c, layer, x, y, all, count);
+    else if (good && nobody_watches(c)) {
+        bool grad = needs_grad(c, x, y, all, count);
+        if (!c->failed && !grad)
+            result = sum_of(c, layer, x, y, all, count);
+        else if (!c->failed && count == 1)
+            result = recorded(c, x, y, &all[0]);
+    }
     forget(all, count);
     return result;
 }
@@ -255,8 +282,8 @@ PyDoc_STRVAR(add_lowrank_doc,
              "add_lowrank(layer, x, y, live, /)\n--\n\n"
              "y + the sum over the adapters in the tuple `live` that the layer has of scaling * B(A(x)), x (..., in), y\n"
              "(..., out_features), which is the base layer's output for x and may be overwritten.\n\n"
-             "Returns None, with nothing changed, where this is not the plain case: DoRA, dropout, hooks, gradients, somebody\n"
-             "who watches the operations, tensors that the kernels do not take. Raises MemoryError.");
+             "Returns None, with nothing changed, where this is not the plain case: DoRA, dropout, hooks, gradients of several\n"
+             "adapters, somebody who watches the operations, tensors that the kernels do not take. Raises MemoryError.");
 
 static PyObject *add_lowrank(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -277,18 +304,19 @@ static PyMethodDef add_lowrank_def = {"add_lowrank", (PyCFunction)(void (*)(void
                                       add_lowrank_doc};
 
 PyDoc_STRVAR(lowrank_adder_doc,
-             "lowrank_adder(factor, identity, fresh, watchers, registries, levels, grad_enabled, empty_like, /)\n--\n\n"
+             "lowrank_adder(factor, identity, fresh, watchers, registries, levels, grad_enabled, empty_like, record, /)\n--\n\n"
              "The function add_lowrank(layer, x, y, live, /) for layers whose A and B are of the class `factor`.\n\n"
              "What it needs of torch is given to it: nn.Identity; a tuple of the classes of base layers whose output is\n"
              "nobody else's; a tuple of functions that say whether somebody watches the operations, and one of containers\n"
-             "that have items then; forward_ad's dict; torch.is_grad_enabled and torch.empty_like.");
+             "that have items then; forward_ad's dict; torch.is_grad_enabled and torch.empty_like; a function\n"
+             "(x, y, A, B, scaling) that computes the sum such that autograd knows of it.");
 
 static PyObject *lowrank_adder(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != PIECES - 1 || !PyType_Check(args[FACTOR - 1]) || !PyType_Check(args[IDENTITY - 1]) ||
         !PyTuple_Check(args[FRESH - 1]) || !PyTuple_Check(args[WATCHERS - 1]) || !PyTuple_Check(args[REGISTRIES - 1]) ||
         !PyDict_Check(args[LEVELS - 1])) {
-        PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes two types, three tuples, a dict and two functions");
+        PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes two types, three tuples, a dict and three functions");
         return NULL;
     }
     PyObject *self = PyTuple_New(COUNT);

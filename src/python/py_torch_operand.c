@@ -108,8 +108,9 @@ pc_status operands_run(peftc_state *state, pc_dtype dtype, const operand *x, con
     double work = (double)m * (double)n;
     for (int t = 0; t < count; t++)
         work += (double)m * (double)(n + k) * (double)terms[t].r;
+    pc_runtime *rt = work >= WORTH_RELEASING ? peftc_torch_runtime(state) : NULL;
     PyThreadState *saved = work >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
-    pc_status status = pc_lowrank_forward(state->rt, dtype, m, n, k, x->rows.data, x->rows.stride, y->rows.data,
+    pc_status status = pc_lowrank_forward(rt, dtype, m, n, k, x->rows.data, x->rows.stride, y->rows.data,
                                           y->rows.stride, out->rows.data, out->rows.stride, terms, count, err);
     if (saved != NULL)
         PyEval_RestoreThread(saved);

@@ -85,6 +85,22 @@ def test_the_plain_case(done, dtype, shape, configs):
     assert done == [True] and result.dtype is dtype
 
 
+@pytest.mark.parametrize("inputs", [False, True])
+def test_one_adapter_that_is_trained(done, inputs):
+    model = adapted()
+    x = torch.randn(3, 6, requires_grad=inputs)
+    result = model(x)
+    assert done == [True]
+    result.square().sum().backward()
+    got = [model.fc.lora_A["a0"].weight.grad, model.fc.lora_B["a0"].weight.grad, x.grad]
+    model.zero_grad()
+    x.grad = None
+    expected(model, x).square().sum().backward()
+    want = [model.fc.lora_A["a0"].weight.grad, model.fc.lora_B["a0"].weight.grad, x.grad]
+    for one, other in zip(got[: 2 + inputs], want, strict=False):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_that_is_not_on_this_layer_adds_nothing(done):
     model = adapted()
     x = torch.randn(2, 6)
@@ -178,7 +194,9 @@ def test_whoever_watches_sees_the_operations(done, watch):
         assert done == [True, False] and torch.allclose(result.float(), want, atol=5e-2)
 
 
-@pytest.mark.parametrize("what", ["dora", "dropout", "subclass", "grad", "other dtype", "strange input", "no factor"])
+@pytest.mark.parametrize(
+    "what", ["dora", "dropout", "subclass", "two with grad", "other dtype", "strange input", "no factor"]
+)
 def test_everything_else_is_left_to_torch(done, what):
     model = adapted({"use_dora": what == "dora", "lora_dropout": 0.5 if what == "dropout" else 0.0})
     x = torch.randn(2, 6)
@@ -186,6 +204,8 @@ def test_everything_else_is_left_to_torch(done, what):
     y = layer.base_layer(x).detach()
     if what == "dropout":
         layer.train()
+    elif what == "two with grad":
+        model.add_adapter(peft.LoraConfig(target_modules=["fc"], r=2), "a1")
     elif what == "subclass":
         layer.lora_A["a0"] = nn.Linear(6, 3, bias=False)
     elif what == "other dtype":
@@ -195,8 +215,8 @@ def test_everything_else_is_left_to_torch(done, what):
     elif what == "no factor":
         del layer.lora_B["a0"]
     before = y.clone()
-    with torch.set_grad_enabled(what == "grad"):
-        assert torch_lowrank.add_plain(layer, x, y, ("a0",)) is None
+    with torch.set_grad_enabled(what == "two with grad"):
+        assert torch_lowrank.add_plain(layer, x, y, ("a0", "a1")) is None
     assert torch.equal(y, before)
 
 
@@ -207,7 +227,7 @@ def test_wrong_arguments():
         torch_lowrank.add_plain(1, 2, 3, ["a0"])
     assert torch_lowrank.add_plain(1, 2, 3, ("a0",)) is None
     assert torch_lowrank.add_plain(nn.Module(), 2, 3, ("a0",)) is None
-    for arguments in ((), (1, 2, (), (), (), {}, print, print), (int, int, [], (), (), {}, print, print)):
+    for arguments in ((), (1, 2, (), (), (), {}, print, print, print), (int, int, [], (), (), {}, *[print] * 3)):
         with pytest.raises(TypeError, match="two types, three tuples"):
             _core.lowrank_adder(*arguments)
 
@@ -217,7 +237,7 @@ def test_what_a_watcher_raises_is_raised():
         raise OSError("no")
 
     pieces: Any = (torch_lowrank.Linear, nn.Identity, (), (watcher,), (), torch.autograd.forward_ad.__dict__)
-    add = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like)
+    add = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like, print)
     model = adapted()
     x = torch.randn(2, 6)
     with torch.no_grad(), pytest.raises(OSError, match="no"):
