@@ -3,27 +3,20 @@
 #include <math.h>
 #include <string.h>
 
-/* Multipliers and key increments of Philox4x32, from the paper. */
-#define PHILOX_M0 0xD2511F53u
-#define PHILOX_M1 0xCD9E8D57u
-#define PHILOX_W0 0x9E3779B9u
-#define PHILOX_W1 0xBB67AE85u
-#define PHILOX_ROUNDS 10
-
 void pc_rng_block(pc_rng rng, uint64_t block, uint32_t out[4])
 {
     uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32);
     uint32_t c2 = (uint32_t)rng.stream, c3 = (uint32_t)(rng.stream >> 32);
     uint32_t k0 = (uint32_t)rng.seed, k1 = (uint32_t)(rng.seed >> 32);
-    for (int round = 0; round < PHILOX_ROUNDS; round++) {
-        uint64_t p0 = (uint64_t)PHILOX_M0 * c0;
-        uint64_t p1 = (uint64_t)PHILOX_M1 * c2;
+    for (int round = 0; round < PC_PHILOX_ROUNDS; round++) {
+        uint64_t p0 = (uint64_t)PC_PHILOX_M0 * c0;
+        uint64_t p1 = (uint64_t)PC_PHILOX_M1 * c2;
         c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
         c1 = (uint32_t)p1;
         c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
         c3 = (uint32_t)p0;
-        k0 += PHILOX_W0;
-        k1 += PHILOX_W1;
+        k0 += PC_PHILOX_W0;
+        k1 += PC_PHILOX_W1;
     }
     out[0] = c0;
     out[1] = c1;
@@ -68,16 +61,16 @@ static inline __attribute__((always_inline)) void draw_batch(pc_rng rng, uint64_
         bits[2][i] = (uint32_t)rng.stream;
         bits[3][i] = (uint32_t)(rng.stream >> 32);
     }
-    for (int round = 0; round < PHILOX_ROUNDS; round++) {
+    for (int round = 0; round < PC_PHILOX_ROUNDS; round++) {
         for (int i = 0; i < BATCH; i++) {
-            const uint64_t p0 = (uint64_t)PHILOX_M0 * bits[0][i], p1 = (uint64_t)PHILOX_M1 * bits[2][i];
+            const uint64_t p0 = (uint64_t)PC_PHILOX_M0 * bits[0][i], p1 = (uint64_t)PC_PHILOX_M1 * bits[2][i];
             bits[0][i] = (uint32_t)(p1 >> 32) ^ bits[1][i] ^ k0;
             bits[1][i] = (uint32_t)p1;
             bits[2][i] = (uint32_t)(p0 >> 32) ^ bits[3][i] ^ k1;
             bits[3][i] = (uint32_t)p0;
         }
-        k0 += PHILOX_W0;
-        k1 += PHILOX_W1;
+        k0 += PC_PHILOX_W0;
+        k1 += PC_PHILOX_W1;
     }
 }
 
@@ -195,20 +188,14 @@ PER_CPU static void fill_normal(void *ctx, int64_t begin, int64_t end)
     }
 }
 
-PER_CPU void pc_rng_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep)
+void pc_rng_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep)
 {
-    /* draw · 2⁻²⁴ ≥ p, in integers */
-    const double edge = ceil((p < 0.0 ? 0.0 : p > 1.0 ? 1.0 : p) * 0x1p24);
-    const uint32_t least = (uint32_t)edge;
-    for (int64_t at = 0; at < n; at += 4 * BATCH) {
-        uint32_t bits[4][BATCH];
-        float drawn[4 * BATCH];
-        draw_batch(rng, first / 4 + (uint64_t)(at / 4), bits);
-        for (int w = 0; w < 4; w++)
-            for (int i = 0; i < BATCH; i++)
-                drawn[4 * i + w] = (bits[w][i] >> 8) >= least ? 1.0f : 0.0f;
-        const int64_t left = n - at < 4 * BATCH ? n - at : 4 * BATCH;
-        memcpy(keep + at, drawn, (size_t)left * sizeof *keep);
+    const uint32_t least = pc_rng_least(p);
+    for (int64_t at = 0; at < n; at += 4) {
+        uint32_t bits[4];
+        pc_rng_block(rng, first / 4 + (uint64_t)(at / 4), bits);
+        for (int64_t i = 0; i < 4 && at + i < n; i++)
+            keep[at + i] = (bits[i] >> 8) >= least ? 1.0f : 0.0f;
     }
 }
 

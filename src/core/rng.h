@@ -7,6 +7,7 @@
 #ifndef PEFTC_CORE_RNG_H
 #define PEFTC_CORE_RNG_H
 
+#include <math.h>
 #include <stdint.h>
 
 #include "dtype.h"
@@ -26,6 +27,15 @@ float pc_rng_unit(pc_rng rng, uint64_t index);
 /* keep[i] = 1 with probability 1 - p, else 0, for elements first … first + n of the stream: 1 where pc_rng_unit is at
  * least p.  first is a multiple of 4. */
 void pc_rng_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep);
+/* The same comparison in integers: keep when the draw's 24 bits are at least this. */
+static inline uint32_t pc_rng_least(double p) { return (uint32_t)ceil((p < 0.0 ? 0.0 : p > 1.0 ? 1.0 : p) * 0x1p24); }
+
+/* Multipliers and key increments of Philox4x32, from the paper: for kernels that draw many blocks at once. */
+#define PC_PHILOX_M0 0xD2511F53u
+#define PC_PHILOX_M1 0xCD9E8D57u
+#define PC_PHILOX_W0 0x9E3779B9u
+#define PC_PHILOX_W1 0xBB67AE85u
+#define PC_PHILOX_ROUNDS 10
 
 /* dst (n,), a float dtype: uniform in [low, high) or normal (Box-Muller).
  * A uniform value is computed in double and then rounded to the dtype, so that a

@@ -197,7 +197,7 @@ static void dropout_range(void *ctx, int64_t begin, int64_t end)
     float keep[DRAWS];
     for (int64_t at = 4 * begin; at < pc_min(j->n, 4 * end); at += DRAWS) { /* a block has four draws */
         int64_t part = pc_min(DRAWS, pc_min(j->n, 4 * end) - at);
-        pc_rng_keep(j->rng, (uint64_t)at, part, j->eps, keep);
+        pc_kernels()->keep(j->rng, (uint64_t)at, part, j->eps, keep);
         if (j->dt == PC_F64) {
             const double *x = (const double *)j->x + at;
             double *y = (double *)j->y + at;

@@ -99,6 +99,8 @@ static inline void v_store_bf16(uint16_t *p, V v)
         p[i] = pc_f32_to_bf16(v[i]);
 }
 
+#define isa_keep pc_rng_keep
+
 #define TILE_ROWS 4
 #define MAX_VECTORS 2
 #define DEFINE_TILES                                                                                                   \

@@ -12,17 +12,27 @@ static int64_t isa_head_scratch(int64_t tk, int64_t dim)
 /* Draws that are made at once. */
 #define DRAWS 256
 
-/* y (tk) = x ⊙ what dropout multiplies row i with; y may be x. */
-static void drop_row(const pc_head_job *job, int64_t i, const float *x, float *y)
+/* m (tk) = what dropout multiplies the probabilities of row i with. */
+static void drop_mask(const pc_head_job *job, int64_t i, float *m)
+{
+    isa_keep(job->rng, job->first_draw + (uint64_t)i * (uint64_t)pc_draws_of_row(job->tk), job->tk, job->dropout, m);
+    row_scale(job->tk, m, job->dropout < 1.0 ? 1.0 / (1.0 - job->dropout) : 0.0, m);
+}
+
+/* x (tk) ⊙= the mask of row i. */
+static void drop_row(const pc_head_job *job, int64_t i, float *x)
 {
     float keep[DRAWS];
-    uint64_t first = job->first_draw + (uint64_t)i * (uint64_t)pc_draws_of_row(job->tk);
-    float factor = job->dropout < 1.0 ? (float)(1.0 / (1.0 - job->dropout)) : 0.0f;
+    const uint64_t first = job->first_draw + (uint64_t)i * (uint64_t)pc_draws_of_row(job->tk);
+    const V factor = v_set1(job->dropout < 1.0 ? (float)(1.0 / (1.0 - job->dropout)) : 0.0f);
     for (int64_t j = 0; j < job->tk; j += DRAWS) {
-        int64_t part = pc_min(DRAWS, job->tk - j);
-        pc_rng_keep(job->rng, first + (uint64_t)j, part, job->dropout, keep);
-        for (int64_t p = 0; p < part; p++)
-            y[j + p] = x[j + p] * (keep[p] * factor);
+        const int64_t part = pc_min(DRAWS, job->tk - j);
+        isa_keep(job->rng, first + (uint64_t)j, part, job->dropout, keep);
+        int64_t p = 0;
+        for (; p + VW <= part; p += VW)
+            v_store(x + j + p, v_load(x + j + p) * (v_load(keep + p) * factor));
+        if (p < part)
+            v_storen(x + j + p, v_loadn(x + j + p, part - p) * (v_loadn(keep + p, part - p) * factor), part - p);
     }
 }
 
@@ -57,7 +67,7 @@ static void isa_head(const pc_head_job *job)
             row_softmax(tk, scores + i * keys, (double)job->scale, job->add, scores + i * keys);
         if (job->dropout > 0.0)
             for (int64_t i = 0; i < rows; i++)
-                drop_row(job, i0 + i, scores + i * keys, scores + i * keys);
+                drop_row(job, i0 + i, scores + i * keys);
         for (int64_t d = 0; d < dim; d += WIDTH(MAX_VECTORS)) {
             int64_t cols = pc_min(WIDTH(MAX_VECTORS), dim - d), vectors = (cols + VW - 1) / VW;
             rows_by_panel(rows, tk, scores, keys, v + d, ldv, vectors, out + d, stride, false,
@@ -130,7 +140,7 @@ static void isa_head_back(const pc_head_job *job)
 {
     int64_t tk = job->tk, dim = job->dim, stride = job->stride, keys = rounded(tk), wide = rounded(dim);
     float *kt = job->scratch, *vt = kt + keys * dim, *p = vt + keys * dim, *dp = p + BACK_ROWS * keys;
-    float *dropped = dp + BACK_ROWS * keys, *turned = dropped + BACK_ROWS * keys, *room_k = turned + keys * BACK_ROWS;
+    float *mask = dp + BACK_ROWS * keys, *turned = mask + BACK_ROWS * keys, *room_k = turned + keys * BACK_ROWS;
     float *room_q = room_k + tk * wide, *room_dy = room_q + BACK_ROWS * wide;
     bool scores = job->dq != NULL || job->dk != NULL;
     int64_t ldk, ldq, ldy;
@@ -144,10 +154,10 @@ static void isa_head_back(const pc_head_job *job)
         times_keys(rows, keys, dim, q, stride, kt, p);
         for (int64_t i = 0; i < rows; i++)
             row_softmax(tk, p + i * keys, (double)job->scale, job->add, p + i * keys);
-        if (job->dropout > 0.0 && job->dv != NULL) {
-            for (int64_t i = 0; i < rows; i++)
-                drop_row(job, i0 + i, p + i * keys, dropped + i * keys);
-            kept = dropped;
+        for (int64_t i = 0; i < rows && job->dropout > 0.0; i++) {
+            drop_mask(job, i0 + i, mask + i * keys);
+            row_multiply(tk, p + i * keys, mask + i * keys, dp + i * keys);
+            kept = dp;
         }
         if (job->dv != NULL) {
             const float *whole_dy = whole_rows(dy, rows, dim, stride, room_dy, &ldy);
@@ -159,7 +169,7 @@ static void isa_head_back(const pc_head_job *job)
         times_keys(rows, keys, dim, dy, stride, vt, dp);
         for (int64_t i = 0; i < rows; i++) {
             if (job->dropout > 0.0)
-                drop_row(job, i0 + i, dp + i * keys, dp + i * keys);
+                row_multiply(tk, dp + i * keys, mask + i * keys, dp + i * keys);
             row_softmax_back(tk, p + i * keys, dp + i * keys, (double)job->scale, dp + i * keys);
         }
         if (job->dq != NULL)

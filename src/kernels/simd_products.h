@@ -404,6 +404,7 @@ const pc_kernel_table TABLE_NAME = {
     .rows = &ROW_OPS_NAME,
     .widen = isa_widen,
     .narrow = isa_narrow,
+    .keep = isa_keep,
     .pack = isa_pack,
     .linear = isa_linear,
     .pack_rows = pack_transposed,

@@ -155,6 +155,8 @@ typedef struct pc_kernel_table {
     /* f32 ↔ f16, bf16 */
     void (*widen)(pc_dtype src_dtype, const void *src, int64_t n, float *dst);
     void (*narrow)(pc_dtype dst_dtype, const float *src, int64_t n, void *dst);
+    /* pc_rng_keep */
+    void (*keep)(pc_rng rng, uint64_t first, int64_t n, double p, float *keep);
     /* Fill panels [begin, end) of `p` from x. */
     void (*pack)(const pc_panels *p, const float *x, int64_t begin, int64_t end);
     /* Panels [panel_begin, panel_end) × strips of `lanes` weight rows [begin, end). */

@@ -109,6 +109,43 @@ static inline void v_store_bf16(uint16_t *p, V v)
     _mm_storeu_si128((void *)p, _mm256_castsi256_si128(packed));
 }
 
+/* Philox (core/rng.c) for four blocks at once, a word in the low half of each 64-bit lane: the high halves hold what is
+ * left of products and are never looked at. */
+static void isa_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep)
+{
+    const __m256i m0 = _mm256_set1_epi64x(PC_PHILOX_M0), m1 = _mm256_set1_epi64x(PC_PHILOX_M1);
+    const __m256i half = _mm256_set1_epi64x(0xFFFFFFFF), below = _mm256_set1_epi32((int)pc_rng_least(p) - 1);
+    const __m256 one = _mm256_set1_ps(1.0f);
+    for (int64_t at = 0; at < n; at += 16) {
+        __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x((int64_t)(first / 4) + at / 4), _mm256_setr_epi64x(0, 1, 2, 3));
+        __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_set1_epi64x((int64_t)rng.stream);
+        __m256i c3 = _mm256_srli_epi64(c2, 32);
+        uint32_t k0 = (uint32_t)rng.seed, k1 = (uint32_t)(rng.seed >> 32);
+        for (int round = 0; round < PC_PHILOX_ROUNDS; round++) {
+            const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
+            c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), _mm256_set1_epi64x(k0));
+            c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), _mm256_set1_epi64x(k1));
+            c1 = p1;
+            c3 = p0;
+            k0 += PC_PHILOX_W0;
+            k1 += PC_PHILOX_W1;
+        }
+        const __m256i a = _mm256_or_si256(_mm256_and_si256(c0, half), _mm256_slli_epi64(c1, 32));
+        const __m256i b = _mm256_or_si256(_mm256_and_si256(c2, half), _mm256_slli_epi64(c3, 32));
+        const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b); /* blocks 0, 2 and 1, 3 */
+        const __m256i words[2] = {_mm256_permute2x128_si256(even, odd, 0x20), _mm256_permute2x128_si256(even, odd, 0x31)};
+        for (int i = 0; i < 2 && at + 8 * i < n; i++) {
+            const __m256i kept = _mm256_cmpgt_epi32(_mm256_srli_epi32(words[i], 8), below);
+            const V values = _mm256_and_ps(_mm256_castsi256_ps(kept), one);
+            const int64_t left = n - at - 8 * i;
+            if (left >= 8)
+                v_store(keep + at + 8 * i, values);
+            else
+                v_storen(keep + at + 8 * i, values, left);
+        }
+    }
+}
+
 #define TILE_ROWS 4
 #define MAX_VECTORS 3
 #define DEFINE_TILES                                                                                                   \

@@ -107,6 +107,40 @@ static inline void v_store_bf16(uint16_t *p, V v)
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 
+/* Philox (core/rng.c) for eight blocks at once, a word in the low half of each 64-bit lane: the high halves hold what is
+ * left of products and are never looked at. */
+static void isa_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *keep)
+{
+    const __m512i m0 = _mm512_set1_epi64(PC_PHILOX_M0), m1 = _mm512_set1_epi64(PC_PHILOX_M1);
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i half = _mm512_set1_epi64(0xFFFFFFFF), least = _mm512_set1_epi32((int)pc_rng_least(p));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (int64_t at = 0; at < n; at += 32) {
+        __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64((int64_t)(first / 4) + at / 4),
+                                      _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+        __m512i c1 = _mm512_srli_epi64(c0, 32), c2 = _mm512_set1_epi64((int64_t)rng.stream), c3 = _mm512_srli_epi64(c2, 32);
+        uint32_t k0 = (uint32_t)rng.seed, k1 = (uint32_t)(rng.seed >> 32);
+        for (int round = 0; round < PC_PHILOX_ROUNDS; round++) {
+            const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
+            c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), 0x96);
+            c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), 0x96);
+            c1 = p1;
+            c3 = p0;
+            k0 += PC_PHILOX_W0;
+            k1 += PC_PHILOX_W1;
+        }
+        const __m512i a = _mm512_or_si512(_mm512_and_si512(c0, half), _mm512_slli_epi64(c1, 32));
+        const __m512i b = _mm512_or_si512(_mm512_and_si512(c2, half), _mm512_slli_epi64(c3, 32));
+        const __m512i words[2] = {_mm512_permutex2var_epi64(a, low, b), _mm512_permutex2var_epi64(a, high, b)};
+        for (int i = 0; i < 2 && at + 16 * i < n; i++) {
+            const int64_t left = n - at - 16 * i;
+            const __mmask16 kept = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(words[i], 8), least);
+            const __mmask16 there = left >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1u << left) - 1u);
+            _mm512_mask_storeu_ps(keep + at + 16 * i, there, _mm512_maskz_mov_ps(kept, one));
+        }
+    }
+}
+
 #define TILE_ROWS 8
 #define MAX_VECTORS 3
 #define DEFINE_TILES                                                                                                   \
