@@ -135,7 +135,7 @@ static void isa_keep(pc_rng rng, uint64_t first, int64_t n, double p, float *kee
         for (int i = 0; i < 2 && at + 16 * i < n; i++) {
             const int64_t left = n - at - 16 * i;
             const __mmask16 kept = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(words[i], 8), least);
-            const __mmask16 there = left >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1u << left) - 1u);
+            const __mmask16 there = (__mmask16)(left >= 16 ? 0xFFFFu : (1u << left) - 1u);
             _mm512_mask_storeu_ps(keep + at + 16 * i, there, _mm512_maskz_mov_ps(kept, one));
         }
     }
