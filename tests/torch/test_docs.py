@@ -1,0 +1,75 @@
+"""The code of the documentation about torch models runs as it stands: "Replace PEFT in your script", the notebook."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peftc
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "replace-peft.md"
+NOTEBOOK = ROOT / "docs" / "notebooks" / "adapters.ipynb"
+
+
+def environment() -> dict[str, str]:
+    """With the package that this process tests, also when it was found through sys.path alone."""
+    path = [os.path.dirname(os.path.dirname(peftc.__file__)), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def code_blocks(text: str) -> list[str]:
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", text, re.MULTILINE)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip("\n") for block in blocks]
+
+
+def test_every_block_of_the_page_runs(minilm, tmp_path):
+    blocks = code_blocks(PAGE.read_text())
+    assert len(blocks) == 3 and all("import" in block or "adapter_names" in block for block in blocks)
+    code = "\n\n".join(blocks).replace("build/mine", str(tmp_path / "mine"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("trainable params:")
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_names_what_there_is():
+    text = PAGE.read_text()
+    for name in re.findall(r"\bpeftc\.(\w+)\b", text):
+        assert name == "auto" or hasattr(peftc, name), name
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (PAGE.parent / target).is_file(), target
+    for path in re.findall(r"`((?:benchmarks|tests)/[^`]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_notebook_runs_and_has_its_picture(minilm, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    kept = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in kept)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute()
+    made = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in made)
+    assert not [output for output in made if output.output_type == "error"]
+    for before, after in zip(kept, [o for o in made if o.get("name") != "stderr"], strict=True):
+        assert before.output_type == after.output_type
+        if before.output_type == "stream":
+            assert before.text == after.text
