@@ -471,6 +471,39 @@ def test_numpy_operations_are_recorded(name):
         assert abs(grad[i] - wanted) < 1e-6 + 1e-6 * abs(wanted)
 
 
+def test_parameters_in_numpy_functions():
+    class Model(Host):
+        def __init__(self):
+            super().__init__()
+            self.w, self.linear = nn.Parameter(np.linspace(0.1, 1, 4)), nn.Linear(4, 2, dtype="float64")
+
+        def forward(self, x):
+            wide = np.concatenate([np.exp(self.w), np.tanh(self.w)]) * 2 - np.stack([self.w, -self.w]).reshape(8)
+            return (x * self.w + self.w[::-1]).sum() + (1 / self.w).mean() + self.w.sum() + wide.sum()
+
+    model = Model().train()
+    x = np.arange(8.0).reshape(2, 4)
+    y = model(x)
+    model.backward(np.ones(()), y)
+    for i in range(4):
+        values = []
+        for shift in (1e-6, -1e-6):
+            model.w.data[i] += shift
+            with peftc.no_grad():
+                values.append(float(model(x)))
+            model.w.data[i] -= shift
+        assert model.w.grad[i] == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
+
+    class Careless(Model):
+        def forward(self, x):
+            return self.linear(np.asarray(self.w))
+
+    careless = Careless().train()
+    assert type(np.asarray(careless.w)) is np.ndarray
+    with pytest.raises(RuntimeError, match="does not differentiate"):
+        careless(x)
+
+
 def test_a_deep_model_can_be_let_go():
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3000))).train()
     y = model(np.ones((1, 2), "float32"))

@@ -70,8 +70,12 @@ static inline pc_rng peftc_next_rng(peftc_state *state)
 
 int peftc_add_parameter(PyObject *module, peftc_state *state);
 
-/* py_parameter_ops.c: the array protocols. */
+/* py_parameter_ops.c: the array of a parameter, recorded while it is to be trained; anything else as it is. */
+PyObject *peftc_parameter_recorded(PyObject *value);
+/* The array protocols. */
 PyObject *peftc_parameter_dunder_array(PyObject *op, PyObject *args, PyObject *kwargs);
+PyObject *peftc_parameter_ufunc(PyObject *op, PyObject *args, PyObject *kwargs);
+PyObject *peftc_parameter_function(PyObject *op, PyObject *args);
 PyObject *peftc_parameter_add(PyObject *a, PyObject *b);
 PyObject *peftc_parameter_subtract(PyObject *a, PyObject *b);
 PyObject *peftc_parameter_multiply(PyObject *a, PyObject *b);

@@ -539,7 +539,7 @@ static PyObject *parameter_getattro(PyObject *op, PyObject *name)
         (PyUnicode_READ_CHAR(name, 0) == '_' && PyUnicode_GET_LENGTH(name) > 1))
         return found;
     PyErr_Clear();
-    PyObject *array = peftc_parameter_array(cast(op));
+    PyObject *array = peftc_parameter_recorded(op);
     if (array == NULL)
         return NULL;
     found = PyObject_GetAttr(array, name);
@@ -573,6 +573,10 @@ static PyMethodDef parameter_methods[] = {
     {"_copy_from", parameter_copy_from, METH_O, copy_from_doc},
     {"__array__", (PyCFunction)(void (*)(void))peftc_parameter_dunder_array, METH_VARARGS | METH_KEYWORDS,
      "__array__($self, /, dtype=None, copy=None)\n--\n\nThe values as an ndarray."},
+    {"__array_ufunc__", (PyCFunction)(void (*)(void))peftc_parameter_ufunc, METH_VARARGS | METH_KEYWORDS,
+     "__array_ufunc__($self, ufunc, method, /, *inputs, **kwargs)\n--\n\nThe same on the array, recorded in train mode."},
+    {"__array_function__", peftc_parameter_function, METH_VARARGS,
+     "__array_function__($self, func, types, args, kwargs, /)\n--\n\nThe same on the array, recorded in train mode."},
     {"__setstate__", parameter_setstate, METH_O, "__setstate__($self, state, /)\n--\n\nUndo __reduce__."},
     {"__reduce__", parameter_reduce, METH_NOARGS,
      "__reduce__($self, /)\n--\n\nValues, dtype and requires_grad; gradients are not kept."},
