@@ -32,13 +32,14 @@ def make_room(registry: Any, name: str, rank: int) -> None:
                 f"({layer.r[name]}, at {path}). Call enable_peft_hotswap with the highest rank of all adapters"
             )
     for _, layer in adapter.layers:
-        device = layer.get_base_layer().weight.device
+        tensors = _tensors(layer, name)
+        device = tensors[0][1]._parameters[tensors[0][2]].device
         precise = torch.float32 if device.type == "mps" else torch.float64
         layer.scaling[name] = torch.tensor(layer.scaling[name], dtype=precise, device=device)
         if getattr(layer.get_base_layer(), "groups", 1) > 1:
             continue  # the rows of a group lie together: there is no room between them
         layer.room[name] = rank
-        for field, holder, key in _tensors(layer, name):
+        for field, holder, key in tensors:
             if field in RANK_AXIS and key != "bias":
                 parameter = holder._parameters[key]
                 shape = list(parameter.shape)
@@ -90,8 +91,9 @@ def _grow(holder: Any, field: str, parameter: Any, whole: torch.Tensor, values: 
     """Let a parameter have the tensor `whole`, with `values` in its corner; the module's extents follow."""
     whole[tuple(slice(extent) for extent in values.shape)] = values
     parameter.data = whole
-    inner, outer = ("in_channels", "out_channels") if isinstance(holder, nn.Conv2d) else ("in_features", "out_features")
-    if isinstance(holder, (nn.Linear, nn.Conv2d)):
+    convolution = isinstance(holder, nn.modules.conv._ConvNd)
+    inner, outer = ("in_channels", "out_channels") if convolution else ("in_features", "out_features")
+    if convolution or isinstance(holder, nn.Linear):
         groups = getattr(holder, "groups", 1)
         setattr(holder, *((outer, whole.shape[0]) if field == "lora_A" else (inner, whole.shape[1] * groups)))
 
@@ -162,8 +164,8 @@ def _carry_out(registry: Any, old: Any, new: Any, swaps: list[Any]) -> None:
         (module._parameters[field] if registry._biases_of == name else other).copy_(values)
     for (_, wrapper), _ in zip(old.saved, new.saved, strict=True):
         wrapper.copies()[name].load_state_dict(wrapper.copies()[incoming].state_dict())
-    path_of = {id(layer): path for path, layer in new.layers}
-    old.keys = [(key, mine[path_of[id(layer)]], parameter) for key, layer, parameter in new.keys]
+    own = {id(layer): mine[path] for path, layer in theirs.items()}
+    old.keys = [(key, own[id(layer)], *rest) for key, layer, *rest in new.keys]
     old.embeddings = new.embeddings
 
 

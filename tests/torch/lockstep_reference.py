@@ -18,7 +18,12 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _freeze_adapter
 from safetensors.torch import save_file
 from torch import nn
+from lockstep_models import V5
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if V5:
+    from transformers.utils.loading_report import log_state_dict_report
 
 PREFIX = "base_model.model."
 FAMILY = {"LORA": "lora", "ADALORA": "lora", "IA3": "ia3"}
@@ -33,11 +38,11 @@ def _heads_follow():
     """Difference: an adapter that does not replace a module leaves it alone; the reference raises halfway."""
     original = ModulesToSaveWrapper.set_adapter
 
-    def set_adapter(wrapper, names):
+    def set_adapter(wrapper, names, *mode, **options):
         names = [names] if isinstance(names, str) else names
         known = [name for name in names if name in wrapper._adapters]
         if known:
-            original(wrapper, known)
+            original(wrapper, known, *mode, **options)
 
     ModulesToSaveWrapper.set_adapter = set_adapter
     try:
@@ -199,10 +204,16 @@ class Reference:
         """Difference: low_cpu_mem_usage changes nothing but memory."""
         options.pop("low_cpu_mem_usage", None)
         before = self._begin()
+        trainable = {}
+        if isinstance(self.model, PreTrainedModel) and V5 and options.get("peft_config") is not None:
+            trainable = {"is_trainable": not options["peft_config"].inference_mode}
         with _heads_follow(), _conflicts_are_real(), _gathered() as texts:
-            self.model.load_adapter(folder, name, **options)
+            info = self.model.load_adapter(folder, name, **trainable, **options)
         name = "default" if name is None else name
-        self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
+        if info is None:
+            self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
+        else:
+            self._log_report(name, folder, info)
         config = self.model.peft_config[name]
         family, heads = FAMILY[method_of(config)], self.heads(name)
         # Difference: a head and its adapter are active together, so the other family's adapter with that head goes.
@@ -229,6 +240,11 @@ class Reference:
                 )
         if text:
             logging.getLogger("transformers.integrations.peft").warning(text)
+
+    def _log_report(self, name, folder, info) -> None:
+        """Difference: of Transformers 5's report, without the tensors of other adapters."""
+        info.missing_keys = {key for key in info.missing_keys if name in key.split(".")}
+        log_state_dict_report(self.model, folder, True, info, logging.getLogger("transformers.integrations.peft"))
 
     def set(self, names) -> None:
         """Difference: a repeated name counts once, the caller's list is not kept."""

@@ -770,6 +770,14 @@ def same_text(theirs: str, ours: str) -> bool:
     )
 
 
+#: Fields of configs that PEFT has got after 0.17.1, which peftc's classes do not have.
+LATER = (
+    set().union(*(config().to_dict() for config in THEIR_CONFIGS.values() if config is not peft.AdaLoraConfig))
+    - set(peftc.LoraConfig().to_dict())
+    - set(peftc.IA3Config().to_dict())
+)
+
+
 def plain(config: dict) -> dict:
     """A config's dict with sets and enums as plain sorted lists and strings."""
 
@@ -780,7 +788,7 @@ def plain(config: dict) -> dict:
             return {key: value(inner) for key, inner in x.items()}
         return getattr(x, "value", x)
 
-    result = {key: value(x) for key, x in config.items()}
+    result = {key: value(x) for key, x in config.items() if key not in LATER}
     for field in ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules"):
         if isinstance(result.get(field), list):
             result[field].sort()

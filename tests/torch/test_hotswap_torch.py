@@ -19,16 +19,22 @@ class Model(peftc.PeftAdapterMixin, nn.Module):
         self.up = nn.Linear(6, 8)
         self.conv = nn.Conv2d(2, 4, 3, padding=1)
         self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.line = nn.Conv1d(8, 8, 3, padding=1)
+        self.volume = nn.Conv3d(1, 2, 2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.down = nn.Linear(8, 3)
         self.head = nn.Linear(3, 2)
 
     def forward(self, ids):
         x = self.up(self.embed(ids))
         x = x + self.grouped(self.conv(x.view(-1, 2, 2, 2))).sum((1, 2, 3)).view(*x.shape[:-1], 1)
+        x = x + self.line(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.volume(x.reshape(-1, 1, 2, 2, 2)).sum((1, 2, 3, 4)).view(*x.shape[:-1], 1)
+        x = x + self.attention(x, x, x)[0]
         return self.head(self.down(x))
 
 
-ALL = ["embed", "up", "conv", "grouped", "down"]
+ALL = ["embed", "up", "conv", "grouped", "line", "volume", "attention", "down"]
 LINEAR = ["up", "down"]
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
