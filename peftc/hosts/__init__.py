@@ -83,6 +83,9 @@ class Host(Protocol):
         instead: fields that stand in for the config's. Returns (the config that it has, fields of it that are settled now,
         missing names, unexpected names); raises as `config_elsewhere`."""
 
+    def flags(self, registry: Any) -> Callable[[], None]:
+        """A function that makes trainable again what is trainable now, and nothing else of what there is now."""
+
     def make_room(self, registry: Any, name: str, rank: int) -> None:
         """Prepare a LoRA adapter for `replace` by any of up to this rank without a change that a compiler would see."""
 

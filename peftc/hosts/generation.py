@@ -32,8 +32,10 @@ class Generation:
 
     #: Does load_adapter's `is_trainable` decide, or, where one is passed, the config's `inference_mode`?
     argument_decides = False
-    #: does the first load put a model anew that accelerate has spread over devices?
+    #: Does the first load put a model anew that accelerate has spread over devices?
     dispatches = True
+    #: Does a load to be trained leave what was trainable before trainable, the other adapters among it?
+    loads_keep_flags = False
 
     def methods(self) -> dict[str, Any]:
         """Methods to put under Transformers in the place of the mixin's: those whose signatures differ."""

@@ -118,6 +118,15 @@ class NumpyHost:
     ) -> tuple[Any, dict[str, Any], list[str], list[str]]:
         raise refused
 
+    def flags(self, registry: _core.AdapterRegistry) -> Callable[[], None]:
+        trainable = {name: registry.trainable(name) for name in registry.names()}
+
+        def restore() -> None:
+            for name, flag in trainable.items():
+                registry.set_trainable(name, flag)
+
+        return restore
+
     def make_room(self, registry: _core.AdapterRegistry, name: str, rank: int) -> None:
         """Nothing: no compiler looks at these models."""
 

@@ -92,6 +92,7 @@ class Five(Generation):
 
     argument_decides = True
     dispatches = False
+    loads_keep_flags = True
 
     def methods(self) -> dict[str, Any]:
         return {"load_adapter": load_adapter}

@@ -106,6 +106,9 @@ class TorchHost:
         )
         return made
 
+    def flags(self, registry: TorchRegistry) -> Callable[[], None]:
+        return registry.flags()
+
     def make_room(self, registry: TorchRegistry, name: str, rank: int) -> None:
         torch_hotswap.make_room(registry, name, rank)
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from .generation import no_such_modules
 from .torch_lora import RANK_AXIS, LoraLayer
-from .torch_tree import walk
 
 
 def make_room(registry: Any, name: str, rank: int) -> None:
@@ -52,10 +51,7 @@ def replace(registry: Any, name: str, make: Callable[[str], Any]) -> Any:
     incoming = name
     while incoming in registry._adapters:
         incoming += "'"
-    flags = [
-        (p, p.requires_grad) for _, module in walk(registry.model) for p in module._parameters.values() if p is not None
-    ]
-    flagged = set(registry._flagged)
+    restore = registry.flags()
     made = make(incoming)
     try:
         old, new = registry._adapters[name], registry._adapters[incoming]
@@ -65,10 +61,7 @@ def replace(registry: Any, name: str, make: Callable[[str], Any]) -> Any:
             _carry_out(registry, old, new, swaps)
     finally:
         registry.remove(incoming)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for other in flagged:
-            registry._flag(other, True)
+        restore()
     return made
 
 

@@ -9,6 +9,7 @@ modules_to_save, biases, state dicts and files.  A call that PEFT refuses leaves
 
 import copy
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ _NO_CODE = (
     (NotImplementedError, re.compile(r"\bpeftc (has no code|can do)|something peftc can do")),
     (ValueError, re.compile(r"^Target module .* is not supported\. Currently")),
 )
+
+_NO_MATCH = "Target modules "  # … not found in the base model
 
 #: Options of LoRA that change the base model for good when PEFT handles them: deleting could not undo it.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
@@ -43,11 +46,20 @@ def check_elsewhere(refused: Exception) -> None:
     from importlib.util import find_spec
 
     if not any(isinstance(refused, kind) and text.search(str(refused)) for kind, text in _NO_CODE):
-        raise refused
+        raise _as_theirs(refused)
     if find_spec("peft") is None:
         raise type(refused)(
             f"{refused}. With the package peft installed, PEFT makes this adapter on a torch model: pip install peft"
         ) from refused
+
+
+def _as_theirs(refused: Exception) -> Exception:
+    """The error as one of the class that later versions of PEFT have for it, if such a PEFT is imported."""
+    error = getattr(sys.modules.get("peft.utils.error"), "NoMatchingPeftModuleError", None)
+    if error is None or not str(refused).startswith(_NO_MATCH):
+        return refused
+    theirs: Exception = error(*refused.args)
+    return theirs.with_traceback(refused.__traceback__)
 
 
 def as_pefts(config: Any) -> Any:

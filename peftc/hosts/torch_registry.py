@@ -7,7 +7,7 @@ arena becomes the storage of the parameters.  Everything is made on the side fir
 import gc
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -388,6 +388,19 @@ class TorchRegistry:
 
     def trainable(self, name: str) -> bool:
         return self._adapters[name].trainable
+
+    def flags(self) -> Callable[[], None]:
+        """A function that makes trainable again what is trainable now, and nothing else of what there is now."""
+        base = [(p, p.requires_grad) for p in _core.own_parameters([module for _, module in walk(self.model)])]
+        flagged = list(self._flagged)
+
+        def restore() -> None:
+            for parameter, flag in base:
+                parameter.requires_grad_(flag)
+            for name in flagged:
+                self._flag(name, True)
+
+        return restore
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         self._adapters[name].trainable = trainable

@@ -7,13 +7,9 @@ they have the same weights. Transformers' own models bring their mixin along; `O
 from __future__ import annotations
 
 import functools
-import logging
-import os
 
-import peft
 import torch
-import transformers
-from peft.tuners.tuners_utils import BaseTunerLayer
+from their_mixin import OnCpu
 from torch import nn
 from transformers import (
     BertConfig,
@@ -23,69 +19,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.integrations.peft import PeftAdapterMixin as TheirMixin
 from transformers.pytorch_utils import Conv1D
 
 import peftc
 
-V5 = int(transformers.__version__.split(".")[0]) >= 5
-
 #: The torch host's mixin: reference against reference runs where peftc has none.
 OurMixin = peftc.PeftAdapterMixin
-
-
-class OnCpu(TheirMixin):
-    """Outside of PreTrainedModel, Transformers 4's mixin asks the model for this alone."""
-
-    device = torch.device("cpu")
-
-
-if V5:
-
-    class OnCpu(TheirMixin):
-        """Transformers 5 loads adapters with code of PreTrainedModel. Other modules get them from PEFT's functions here, as
-        in Transformers 4."""
-
-        def load_adapter(self, folder, adapter_name=None, *, peft_config=None, adapter_state_dict=None,
-                         is_trainable=False, **options):  # fmt: skip
-            name = adapter_name or "default"
-            if self._hf_peft_config_loaded and name in self.peft_config:
-                raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
-            if folder is None and (peft_config is None or adapter_state_dict is None):
-                raise ValueError(
-                    "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
-                )
-            if peft_config is None:
-                if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-                    raise ValueError(
-                        f"adapter model file not found in {folder}. Make sure you are passing the correct path"
-                    )
-                peft_config = peft.PeftConfig.from_pretrained(folder)
-                peft_config.inference_mode = not is_trainable
-            state = peft.utils.load_peft_weights(folder) if adapter_state_dict is None else adapter_state_dict
-            peft.inject_adapter_in_model(peft_config, self, name)
-            self._hf_peft_config_loaded = True
-            state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-            found = peft.utils.set_peft_model_state_dict(self, state, name)
-            marks = {"LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_"}[peft_config.peft_type.value]
-            missing = [key for key in found.missing_keys if marks in key and name in key.split(".")]
-            text = ""
-            if found.unexpected_keys:
-                keys = ", ".join(found.unexpected_keys)
-                text += (
-                    f"Loading adapter weights from state_dict led to unexpected keys not found in the model: {keys}. "
-                )
-            if missing:
-                text += (
-                    f"Loading adapter weights from state_dict led to missing keys in the model: {', '.join(missing)}"
-                )
-            if text:
-                logging.getLogger("transformers.integrations.peft").warning(text)
-            if peft_config.inference_mode:
-                self.eval()
-                for module in self.modules():
-                    if isinstance(module, BaseTunerLayer):
-                        module.requires_grad_(False)
 
 
 class Attention(nn.Module):

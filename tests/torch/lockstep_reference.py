@@ -17,8 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _freeze_adapter
 from safetensors.torch import save_file
+from their_mixin import V5, freeze_counts
 from torch import nn
-from lockstep_models import V5
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -460,6 +460,7 @@ class Reference:
             layer._active_adapter = list(self.active)
             layer._disable_adapters = not self.enabled  # difference: what is added while disabled stays so
         self._follow_magnitudes()
+        freeze_counts(self.model)  # difference, to PEFT 0.21
         training = {name: name in self.active and self.trains(name) for name in self.names()}
         for wrapper in self.of_type(ModulesToSaveWrapper):
             # Difference: a head is active, disabled, trained and frozen with its adapter.

@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+from their_mixin import freeze_counts
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -71,6 +72,7 @@ def twins(dtype=torch.float32, **fields):
     fields = {**FIELDS, **fields}
     base = bert(dtype=dtype)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.AdaLoraConfig(**fields), autocast_adapter_dtype=False)
+    freeze_counts(theirs)
     base.add_adapter(peftc.AdaLoraConfig(**fields))
     values = {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters() if p.requires_grad}
     with torch.no_grad():

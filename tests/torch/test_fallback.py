@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftc
@@ -56,6 +57,10 @@ def by_peft(model):
 
 def kinds(model):
     return [(name, type(module)) for name, module in model.named_modules()]
+
+
+if getattr(VeraModel, "uses_shared_state", False):
+    del NEEDS_PEFT["vera"]  # PEFT 0.21 injects no adapter whose layers share tensors of the tuner's
 
 
 @pytest.mark.parametrize("config", NEEDS_PEFT.values(), ids=NEEDS_PEFT.keys())

@@ -7,8 +7,8 @@ import copy
 import peft
 import pytest
 import torch
+from their_mixin import OnCpu, freeze_counts
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin as TheirMixin
 from transformers.pytorch_utils import Conv1D
 
 import peftc
@@ -58,10 +58,6 @@ def supported(method: str, layer: str) -> bool:
 CASES = [(method, layer) for method in METHODS for layer in LAYERS if supported(method, layer)]
 
 
-class OnCpu(TheirMixin):
-    device = torch.device("cpu")
-
-
 class Net(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -95,6 +91,7 @@ def make(cls: type, method: str, layer: str, dtype: torch.dtype, names=("one",),
         config = CONFIGS[kind][cls is Ours](target_modules=["layer"], inference_mode=name != names[-1], **fields)
         model.add_adapter(config, name)
     model.set_adapter(list(names))
+    freeze_counts(model)
     for path, parameter in model.named_parameters():
         if "magnitude" in path:
             parameter.requires_grad = (

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from their_mixin import V5, OnCpu, freeze_counts
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.peft import PeftAdapterMixin
@@ -36,7 +37,7 @@ class Body(nn.Module):
         return self.head(self.norm(self.down(torch.tanh(self.mid(torch.tanh(self.up(x)))))))
 
 
-class Theirs(PeftAdapterMixin, Body):
+class Theirs(OnCpu, Body):
     device = torch.device("cpu")
 
 
@@ -149,6 +150,7 @@ def add_both(config, name="a", dtype=torch.float32):
     theirs, ours = pair(dtype)
     theirs.add_adapter(CONFIGS[config](), name)
     ours.add_adapter(CONFIGS[config](), name)
+    freeze_counts(theirs)
     theirs.eval()
     ours.eval()
     same_values(theirs, ours)
@@ -198,7 +200,7 @@ def test_dtypes(config, dtype):
 def test_state_dict_and_file(config, tmp_path):
     theirs, ours = add_both(config)
     expected, state = theirs.get_adapter_state_dict(), ours.get_adapter_state_dict()
-    if config == "bias_of_adapted":  # PEFT loses the trained biases
+    if config == "bias_of_adapted" and not V5:  # PEFT before 0.18 loses the trained biases
         assert set(state) - set(expected) == {"up.base_layer.bias", "mid.base_layer.bias"}
     else:
         assert set(state) == set(expected)
