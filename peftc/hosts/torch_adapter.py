@@ -78,7 +78,7 @@ class Adapter:
         for layer in layers:
             for field in layer.later_containers:
                 container = layer._modules.get(field)
-                if container is not None and not len(container):
+                if container is not None and not (container._modules or container._parameters):
                     del layer._modules[field]
 
 
