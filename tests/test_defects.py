@@ -140,22 +140,10 @@ def test_2_reference(theirs, peft):
 @pytest.fixture
 def trained_adalora(peft, transformers, tiny_folder, tmp_path):
     """(folder, logits) of an AdaLora adapter with a learned rank_pattern."""
-    import torch
+    from trained_adalora import train_adalora
 
     base = transformers.BertForSequenceClassification.from_pretrained(tiny_folder)
-    config = peft.AdaLoraConfig(target_modules=["query"], init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1)
-    model = peft.get_peft_model(base, config).eval()
-    shake_theirs(model, "default")
-    keep = [True, False, True, False]
-    pattern = {}
-    for path, parameter in model.named_parameters():
-        if "lora_E" in path:
-            pattern[path.removeprefix("base_model.model.")] = keep
-            parameter.data[~torch.tensor(keep)] = 0
-    expected = logits(model)
-    model.peft_config["default"].rank_pattern = pattern
-    model.save_pretrained(tmp_path)
-    return tmp_path, expected
+    return train_adalora(base, tmp_path, shake_theirs, logits)
 
 
 def test_3_trained_adalora(ours, trained_adalora):

@@ -29,6 +29,10 @@ class Adapter:
         self.biases: list[tuple[str, nn.Module, str, torch.Tensor]] = []
         #: (state-dict key, base module, parameter's name) of the base's own embeddings in the state dict, as in PEFT
         self.embeddings: list[tuple[str, nn.Module, str]] = []
+        #: (base module, parameter's name) → values that its file has for that, where they are not the base's
+        self.stand_ins: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        #: pissa and olora: what the file has for a base weight is what was left of it
+        self.subtracts = False
         #: what PEFT holds of it, if PEFT made its layers
         self.part: torch_peft.Part | None = None
 

@@ -43,6 +43,8 @@ class TorchRegistry:
         self._output_embedding: str | None = None
         self._biases_of: str | None = None  # the adapter whose biases are in effect
         self._flagged: set[str] = set()  # adapters whose tensors may require gradients
+        #: parameters of embeddings and the base's own values, where an adapter's stand in for them
+        self._stood_for: list[tuple[nn.Parameter, torch.Tensor]] = []
         #: base layers, the names of weight and bias there, and what merging replaced
         self._originals: list[tuple[Any, tuple[str, str], torch.Tensor, Any]] = []
         self._model: Any = None
@@ -129,6 +131,7 @@ class TorchRegistry:
             missing, unexpected = builder.load(name, text, source, label=label, seed=seed)
         arena, tensors, slots = builder.layout(name)
         adapter = Adapter(name, builder.peft_type(name))
+        adapter.subtracts = str(init).startswith(("pissa", "olora"))
         modules = dict(self._bound)
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         by_module = tensors_by_module(arena, tensors, modules)
@@ -237,7 +240,7 @@ class TorchRegistry:
             layers[path] = top
             if type(top) is not cls:
                 new.setdefault(cls, []).append((path, parent, key, top))
-        splices = []
+        splices: list[tuple[Any, str, Any]] = []
         for cls, places in new.items():
             paths, parents, keys, tops = zip(*places, strict=True)
             made = cls.around(tops, [modules[path] for path in paths], self.switch)
@@ -320,12 +323,34 @@ class TorchRegistry:
                 )
             with torch.no_grad():
                 target.copy_(tensor)
-        for key, module, field in adapter.embeddings:  # the base's weights stay: others in the file are reported
+        for key, module, field in adapter.embeddings:
             if key in named:
-                tensor, mine = torch_files.read(source, [named[key]])[named[key]], module._parameters[field]
-                if mine is not None and tensor.shape == mine.shape and torch.equal(tensor.to(mine), mine):
-                    found[key] = named[key]
+                self._adopt(adapter, module, field, torch_files.read(source, [named[key]])[named[key]], named[key])
+                found[key] = named[key]
         return [name for name in unexpected if name.removeprefix(_PREFIX) not in found]
+
+    def _adopt(self, adapter: Adapter, module: nn.Module, field: str, values: torch.Tensor, name: str) -> None:
+        """Base weights that came with an adapter: they stand in for the base's while it is active."""
+        own = self._own_values(module, field)
+        if values.shape != own.shape:
+            raise ValueError(
+                f"size mismatch for {name}: the file has shape {list(values.shape)}, the model needs {list(own.shape)}; "
+                "resize the model's embeddings before loading"
+            )
+        values = values.to(own)
+        if not adapter.subtracts and not torch.equal(values, own):
+            adapter.stand_ins[module, field] = values
+
+    def _own_values(self, module: nn.Module, field: str) -> torch.Tensor:
+        """The base's own values of a parameter, whatever stands in for them."""
+        parameter: Any = module._parameters[field]
+        found: torch.Tensor = next((own for one, own in self._stood_for if one is parameter), parameter.detach())
+        return found
+
+    def _embedding(self, adapter: Adapter, module: nn.Module, field: str) -> torch.Tensor:
+        """What an adapter's state has for a base weight."""
+        values = adapter.stand_ins.get((module, field))
+        return self._own_values(module, field) if values is None else values
 
     # --------------------------------------------------------------- switching
 
@@ -420,6 +445,7 @@ class TorchRegistry:
         wanted = None
         if self.switch.enabled:
             wanted = next((name for name in self.switch.active if self._adapters[name].biases), None)
+        self._settle_stand_ins()
         if wanted == self._biases_of:
             return
         for name in (self._biases_of, wanted):
@@ -431,6 +457,18 @@ class TorchRegistry:
                         parameter.copy_(other)
                         other.data = kept
         self._biases_of = wanted
+
+    def _settle_stand_ins(self) -> None:
+        """Let the base weights of the active adapters stand in for the base's (the last one's, as on NumPy models)."""
+        for one, own in self._stood_for:
+            one.data = own.to(one)
+        self._stood_for.clear()
+        for name in reversed(self.switch.active) if self.switch.enabled else ():
+            for (module, field), values in self._adapters[name].stand_ins.items():
+                parameter: Any = module._parameters[field]
+                if not any(one is parameter for one, _ in self._stood_for):
+                    self._stood_for.append((parameter, parameter.data))
+                    parameter.data = values.to(parameter)
 
     def remove(self, name: str) -> None:
         """Delete an adapter; layers that have no other become the base layers that they were."""
@@ -476,7 +514,7 @@ class TorchRegistry:
             for key, tensor in wrapper.copies()[name].state_dict().items():
                 state[f"{path}.{key}"] = tensor
         for key, module, field in adapter.embeddings:
-            state[key] = module._parameters[field].detach()
+            state[key] = self._embedding(adapter, module, field)
         return state
 
     def tensors(self, name: str) -> list[tuple[str, str, Any, bool, bool, str]]:
@@ -501,7 +539,12 @@ class TorchRegistry:
             else:  # not in effect, so not in the model
                 rows.append((key, "", other, True, True, key))
         for key, module, field in adapter.embeddings:
-            rows.append((key, f"{where[id(module)]}.{field}", module._parameters[field], True, False, key))
+            values, parameter = self._embedding(adapter, module, field), module._parameters[field]
+            shown = (
+                parameter is not None and parameter.data_ptr() == values.data_ptr()
+            )  # else it is not in the model now
+            full = f"{where[id(module)]}.{field}" if shown else ""
+            rows.append((key, full, parameter if shown else values, True, False, key))
         for path, wrapper in adapter.saved:
             for key, tensor in wrapper.copies()[name].state_dict().items():
                 full = f"{where[id(wrapper)]}.modules_to_save.{name}.{key}"

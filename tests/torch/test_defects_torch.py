@@ -146,19 +146,9 @@ def test_2_ia3_state_dict(patched, make):
 @pytest.fixture
 def trained_adalora(make, tmp_path):
     """(folder, logits) of an AdaLora adapter with a learned rank_pattern."""
-    config = peft.AdaLoraConfig(target_modules=["query"], init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1)
-    model = peft.get_peft_model(make(), config).eval()
-    shake(model, "default")
-    keep = [True, False, True, False]
-    pattern = {}
-    for path, parameter in model.named_parameters():
-        if "lora_E" in path:
-            pattern[path.removeprefix("base_model.model.")] = keep
-            parameter.data[~torch.tensor(keep)] = 0
-    expected = logits(model)
-    model.peft_config["default"].rank_pattern = pattern
-    model.save_pretrained(tmp_path)
-    return tmp_path, expected
+    from trained_adalora import train_adalora
+
+    return train_adalora(make(), tmp_path, shake, logits)
 
 
 def test_3_reference(make, trained_adalora):

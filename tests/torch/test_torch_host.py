@@ -110,21 +110,59 @@ def test_methods_nest_on_a_convolution():
         assert set(model.get_adapter_state_dict("IA3")) == {"conv.ia3_l"}
 
 
-def test_a_load_leaves_base_embeddings_alone(tmp_path, caplog):
+def test_base_embeddings_of_an_adapter_stand_in_while_it_is_active(tmp_path, caplog):
     config = LlamaConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ids = torch.arange(5)[None]
     with peftc.patch_transformers():
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config).eval()
+        before = model.model.embed_tokens.weight.clone()
+        with torch.no_grad():
+            base = model(ids).logits
         model.add_adapter(peftc.LoraConfig(r=2, target_modules=["embed_tokens"]))
         state = model.get_adapter_state_dict()
         key = "model.embed_tokens.base_layer.weight"
-        assert torch.equal(state[key], model.model.embed_tokens.weight)
+        assert torch.equal(state[key], before)
         config = model.peft_config["default"]
         model.load_adapter(None, "same", peft_config=config, adapter_state_dict=state)
+        other = {name: tensor + 1 if name == key else tensor.clone() for name, tensor in state.items()}
+        model.load_adapter(None, "other", peft_config=config, adapter_state_dict=other)
         assert not caplog.records
-        before = model.model.embed_tokens.weight.clone()
-        model.load_adapter(None, "other", peft_config=config, adapter_state_dict={**state, key: state[key] + 1})
-        assert torch.equal(model.model.embed_tokens.weight, before)
-        assert key in caplog.text
+
+        def embeddings():
+            return model.model.embed_tokens.weight
+
+        assert torch.equal(embeddings(), before + 1) and not torch.allclose(model(ids).logits, base)
+        with_other = model(ids).logits
+        model.save_adapter(tmp_path, "other")
+        model.disable_adapters()
+        assert torch.equal(embeddings(), before) and torch.equal(model(ids).logits, base)
+        model.enable_adapters()
+        assert torch.equal(embeddings(), before + 1)
+        for names, expected in ((["same"], before), (["same", "other"], before + 1), (["other", "same"], before + 1)):
+            model.set_adapter(names)
+            assert torch.equal(embeddings(), expected)
+        model.set_adapter("same")
+        assert torch.equal(model.get_adapter_state_dict("other")[key], before + 1)
+        assert torch.equal(model.get_adapter_state_dict("same")[key], before)
+        copied = copy.deepcopy(model)
+        for one in (model, copied):
+            one.set_adapter("other")
+            assert torch.equal(one(ids).logits, with_other)
+            one.merge_adapter()
+            assert torch.allclose(one(ids).logits, with_other, atol=1e-6)
+            one.delete_adapter(["other", "same", "default"])
+            assert torch.equal(one.model.embed_tokens.weight, before) and torch.equal(one(ids).logits, base)
+        model.load_adapter(str(tmp_path))
+        assert torch.equal(model(ids).logits, with_other)
+        with pytest.raises(ValueError, match=r"size mismatch for .*embed_tokens.base_layer.weight.*resize"):
+            model.load_adapter(None, "bad", peft_config=config, adapter_state_dict={**state, key: torch.zeros(14, 8)})
+        assert torch.equal(model(ids).logits, with_other)
+    theirs = LlamaForCausalLM(model.config).eval()
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight.copy_(before)
+    theirs.load_state_dict({n: p for n, p in copied.state_dict().items()})
+    theirs.load_adapter(str(tmp_path))
+    assert torch.allclose(theirs(ids).logits, with_other, atol=1e-6)
 
 
 def pair(dtype=torch.float32):
