@@ -226,3 +226,67 @@ def test_options_of_later_versions_of_peft_are_pefts(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert peftc.PeftConfig.from_pretrained(tmp_path).r == 2
+
+
+def mixture(seed=0):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 17, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**shape, **heads)).eval()
+
+
+def one_lora_for_each_expert():
+    """The tensors of an adapter that was made under Transformers 4, where experts are modules."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w1": (16, 24), "w2": (24, 16), "w3": (16, 24)}
+    places = {f"block_sparse_moe.experts.{i}.{name}": shape for i in range(3) for name, shape in shapes.items()}
+    return {
+        f"base_model.model.model.layers.{layer}.{place}.{factor}.weight": torch.randn(shape, generator=generator)
+        for layer in range(2)
+        for place, (inputs, outputs) in {**places, "self_attn.q_proj": (16, 16)}.items()
+        for factor, shape in (("lora_A", (4, inputs)), ("lora_B", (outputs, 4)))
+    }
+
+
+@only5
+def test_experts_of_transformers_4(tmp_path):
+    def fields():
+        return peft.LoraConfig(r=4, target_modules=["w1", "w2", "w3", "q_proj"])
+
+    reference = mixture()
+    ORIGINAL["load_adapter"](reference, adapter_state_dict=one_lora_for_each_expert(), peft_config=fields())
+    expected = logits(reference)
+    model = mixture()
+    kinds, base = [(name, type(module)) for name, module in model.named_modules()], logits(model)
+    info = model.load_adapter(adapter_state_dict=one_lora_for_each_expert(), peft_config=fields())
+    assert info.missing_keys == info.unexpected_keys == set()
+    assert torch.equal(logits(model), expected) and not torch.allclose(expected, base)
+    model.save_pretrained(tmp_path)  # with one tensor for all experts
+    again = mixture()
+    info = again.load_adapter(tmp_path)
+    assert info.missing_keys == info.unexpected_keys == set()
+    assert torch.equal(logits(again), expected)
+    reference = mixture()
+    ORIGINAL["load_adapter"](reference, tmp_path)
+    assert torch.equal(logits(reference), expected)
+    model.delete_adapter("default")
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    assert torch.equal(logits(model), base)
+    with pytest.raises(ValueError, match="Cannot convert PEFT target"):
+        model.add_adapter(peft.LoraConfig(target_modules=["w1"]))
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_parameters == {"gate.weight", "gate_up_proj", "down_proj"}
+
+
+@only5
+def test_a_wrong_shape_changes_nothing(saved):
+    model = make()
+    model.load_adapter(saved[0])
+    state = {key: value[:1] for key, value in model.get_adapter_state_dict().items()}
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"self_attn\.[qv]_proj\.lora_"):
+        model.load_adapter(None, "two", peft_config=config(), adapter_state_dict=state)
+    assert list(model.state_dict()) == names and list(model.peft_config) == ["default"]
