@@ -267,3 +267,26 @@ def test_files(tmp_path: Path) -> None:
     assert each_failure(lambda: _core.json_canonical(LORA), lambda: None) > 2
     assert each_failure(lambda: _core.json_loads(LORA), lambda: None) > 2
     assert each_failure(lambda: _core.pattern_search("(a|b)*c{2,4}", "abcc"), lambda: None) > 2
+
+
+@pytest.mark.parametrize("names", [["lora", "ia3"], ["dora"], ["adalora"]])
+def test_a_step_of_training(model: Model, names: list[str]) -> None:
+    from peftc import optim
+
+    model.registry.activate(names)
+    for name in names:
+        model.registry.set_trainable(name, True)
+    model.train()
+    x = np.ones((4, 6), "float32")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+    def step() -> None:
+        y = model(x)
+        model.backward(np.ones_like(y), y)
+        optimizer.step()
+
+    def weights() -> list[bytes]:
+        return [p.data.tobytes() for p in parameters]
+
+    assert each_failure(step, weights, optimizer.zero_grad) > 10

@@ -333,7 +333,7 @@ def _start(module: Module, gradient: Any, output: Any) -> Any:
     if node is not None:
         return node
     nodes = module._outputs
-    if nodes == 0:
+    if isinstance(nodes, int):
         raise RuntimeError(f"{name}.backward without a forward pass: call the model first")
     if nodes is None:
         raise RuntimeError(

@@ -59,16 +59,16 @@ class Tensor(np.ndarray):
         return _unrecorded(result, sources)
 
     # In place would change what others have saved: the name is bound to a new array instead.
-    def __iadd__(self, other: Any) -> Any:
+    def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]  # numpy's have overloads
         return np.add(self, other)
 
-    def __isub__(self, other: Any) -> Any:
+    def __isub__(self, other: Any) -> Any:  # type: ignore[misc]  # numpy's have overloads
         return np.subtract(self, other)
 
-    def __imul__(self, other: Any) -> Any:
+    def __imul__(self, other: Any) -> Any:  # type: ignore[misc]  # numpy's have overloads
         return np.multiply(self, other)
 
-    def __itruediv__(self, other: Any) -> Any:
+    def __itruediv__(self, other: Any) -> Any:  # type: ignore[misc]  # numpy's have overloads
         return np.divide(self, other)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -114,25 +114,30 @@ class Tensor(np.ndarray):
         return _reshape(self, _plain(self).squeeze(axis).shape)
 
     def transpose(self, *axes: Any) -> Any:
-        if len(axes) == 1 and (axes[0] is None or not isinstance(axes[0], int)):
-            axes = axes[0]
-        return _transpose(self, axes or None)
+        order: Any = axes or None
+        if len(axes) == 1 and not isinstance(axes[0], int):
+            order = axes[0]
+        return _transpose(self, order)
 
     @property
-    def T(self) -> Any:  # type: ignore[override]
+    def T(self) -> Any:
         return _transpose(self)
 
     @property
-    def mT(self) -> Any:  # type: ignore[override]
+    def mT(self) -> Any:
         return _swapaxes(self, -1, -2)
 
     def swapaxes(self, axis1: Any, axis2: Any) -> Any:
         return _swapaxes(self, axis1, axis2)
 
-    def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, **rest: Any) -> Any:
+    def sum(  # type: ignore[override]  # numpy's have overloads
+        self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, **rest: Any
+    ) -> Any:
         return _sum(self, axis, dtype, out, keepdims, **rest)
 
-    def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, **rest: Any) -> Any:
+    def mean(  # type: ignore[override]  # numpy's have overloads
+        self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, **rest: Any
+    ) -> Any:
         return _mean(self, axis, dtype, out, keepdims, **rest)
 
     def copy(self, order: Any = "C") -> Any:
@@ -142,7 +147,7 @@ class Tensor(np.ndarray):
         result = _plain(self).astype(dtype, *args, **kwargs)
         return _core.record((self,), result, lambda dy: (dy,))
 
-    def __deepcopy__(self, memo: Any) -> np.ndarray:
+    def __deepcopy__(self, memo: Any) -> np.ndarray:  # type: ignore[override]  # a copy is cut off
         return self.detach()
 
     def __reduce__(self) -> Any:

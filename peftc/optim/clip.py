@@ -52,7 +52,8 @@ def clip_grad_norm_(
 
 def clip_grad_value_(parameters: Parameter | Iterable[Parameter], clip_value: float) -> None:
     """Limit every element of every gradient to −clip_value … clip_value, in place."""
-    for parameter in [parameters] if isinstance(parameters, Parameter) else parameters:
+    params = [parameters] if isinstance(parameters, Parameter) else list(parameters)
+    for parameter in params:
         gradient = parameter.grad
         if gradient is not None:
             np.clip(gradient, -clip_value, clip_value, out=gradient)
