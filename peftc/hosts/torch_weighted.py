@@ -172,18 +172,17 @@ def _factors(
         downs = [a * weight * layer.scaling[name] for (a, _), (name, _, weight) in zip(pairs, uses, strict=True)]
         return torch.cat(downs), torch.cat([b for _, b in pairs], dim=1)
     if how in _WITH_SVD:
-        return _by_svd(uses, scales, how.removesuffix("svd").removesuffix("_") or "linear", rank, svd, pruning)
-    # Each of A and B gets the root of the weight; a negative one's sign goes to B.
+        return _by_svd(uses, how.removesuffix("svd").removesuffix("_") or "linear", rank, svd, pruning)
+    # Each of A and B gets the root of the weight; a negative one's sign goes to A.
     device = pairs[0][0].device
     roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales], device=device)
     signed = roots * torch.tensor([math.copysign(1.0, scale) for scale in scales], device=device)
-    down = combine(how, [a for a, _ in pairs], roots, pruning).to(pairs[0][0].dtype)
-    return down, combine(how, [b for _, b in pairs], signed, pruning).to(pairs[0][1].dtype)
+    down = combine(how, [a for a, _ in pairs], signed, pruning).to(pairs[0][0].dtype)
+    return down, combine(how, [b for _, b in pairs], roots, pruning).to(pairs[0][1].dtype)
 
 
 def _by_svd(
     uses: list[tuple[str, Any, float]],
-    scales: list[float],
     how: str,
     rank: int,
     svd: dict[str, Any],
@@ -191,7 +190,8 @@ def _by_svd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layer: Any = uses[0][1]
     deltas = [layer.get_delta_weight(name).detach() for name, _, _ in uses]
-    delta = combine(how, deltas, torch.tensor(scales, device=deltas[0].device), pruning)
+    weights = torch.tensor([weight for _, _, weight in uses], device=deltas[0].device)
+    delta = combine(how, deltas, weights, pruning)
     a, b = _parameters(layer, uses[0][0])
     shape = delta.shape
     if isinstance(layer, Conv2d):

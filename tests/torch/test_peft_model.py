@@ -688,9 +688,14 @@ def test_weighted_adapters(how, options, model):
     case = Case(model, "LORA", {"target_modules": targets, "r": rank, "lora_alpha": 6})
     theirs, ours = twins(case)
     add_to(case, theirs, ours, "second", **({"r": 1} if how in ("cat", "svd") else {}))
+    weights = {"default": 0.7, "second": 0.4}
     for one in (theirs, ours):
         torch.manual_seed(3)
-        one.add_weighted_adapter(["default", "second"], [0.7, 0.4], "sum", combination_type=how, **options)
+        given = dict(weights)
+        if one is theirs and how.endswith("svd") and peft.__version__.startswith("0.17."):
+            # There the products, which are scaled, are scaled once more; later versions do not.
+            given = {name: w * theirs.peft_config[name].r / 6 for name, w in weights.items()}
+        one.add_weighted_adapter(list(given), list(given.values()), "sum", combination_type=how, **options)
         assert one.active_adapters == ["default"]
         one.set_adapter("sum")
     if how.startswith(
