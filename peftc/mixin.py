@@ -304,6 +304,28 @@ class PeftAdapterMixin:
             attached.host.carry_out(self, places)
         return report  # type: ignore[no-any-return]
 
+    def hotswap(
+        self, peft_model_id: Optional[str] = None, adapter_name: Optional[str] = None, **options: Any
+    ) -> Optional[Any]:
+        """Give a LoRA adapter that is there the weights and the config of another: `load_adapter` with hotswap=True.
+
+        Args:
+            peft_model_id: folder or repository of the other adapter.
+            adapter_name: the adapter whose weights go; "default" if None. The name stays.
+            **options: further arguments of `load_adapter`.
+
+        Returns:
+            What `load_adapter` does.
+
+        Raises:
+            ValueError: there is no such adapter, or one of the two is no LoRA; `enable_peft_hotswap` left too little room; the
+                two differ in modules_to_save, bias, use_dora or lora_bias.
+            RuntimeError: the other adapter has modules that this one has not.
+
+        and as `load_adapter`. Nothing has changed then.
+        """
+        return self.load_adapter(peft_model_id, adapter_name, hotswap=True, **options)
+
     def enable_peft_hotswap(
         self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
     ) -> None:
