@@ -71,6 +71,7 @@ class TextNet(nn.Module):
         self.blocks.layers = nn.ModuleList([Block(dim, hidden, bias) for _ in range(2)])
         if shared:
             self.blocks.layers[1].attn.v_proj = self.blocks.layers[0].attn.v_proj
+        self.extra = nn.Linear(dim, dim)
         self.head = nn.Linear(dim, 5)
         self.to_vocab = nn.Linear(dim, vocab, bias=False)
         if tied:
@@ -80,6 +81,7 @@ class TextNet(nn.Module):
         x = self.embed(ids)
         for layer in self.blocks.layers:
             x = layer(x)
+        x = x + torch.tanh(self.extra(x))
         return self.head(x), self.to_vocab(x)
 
 
@@ -94,6 +96,30 @@ class ImageNet(nn.Module):
     def forward(self, x):
         x = self.second(torch.tanh(self.first(x)))
         return (self.head(torch.tanh(self.fc(x.mean((2, 3))))),)
+
+
+class SignalNet(nn.Module):
+    """A convolution along one dimension, and one along three."""
+
+    def __init__(self, *, kernel=3, stride=1, padding=1, groups=1, bias=True):
+        super().__init__()
+        self.line = nn.Conv1d(4, 6, kernel, stride=stride, padding=padding, groups=groups, bias=bias)
+        self.room = nn.Conv3d(2, 4, (kernel, 1, 1), padding=(1, 0, 0), groups=groups, bias=bias)
+        self.fc = nn.Linear(4, 6, bias=bias)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        line = torch.tanh(self.line(x.mean(3)))
+        room = torch.tanh(self.room(line.reshape(len(x), 2, 3, -1, 1)))
+        return (self.head(torch.tanh(self.fc(room.mean((2, 3, 4))))),)
+
+
+class TheirSignalNet(OnCpu, SignalNet):
+    pass
+
+
+class OurSignalNet(OurMixin, SignalNet):
+    pass
 
 
 class TheirTextNet(OnCpu, TextNet):
@@ -146,6 +172,7 @@ def _config(kind: str, tied: bool):
 CLASSES = {
     "text": (TheirTextNet, OurTextNet),
     "image": (TheirImageNet, OurImageNet),
+    "signal": (TheirSignalNet, OurSignalNet),
     "bert": (BertForSequenceClassification, OurBert),
     "llama": (LlamaForCausalLM, OurLlama),
     "gpt2": (GPT2LMHeadModel, OurGpt2),
@@ -159,6 +186,14 @@ LAYERS = {
         "ADALORA": ["q_proj", "v_proj", "c_attn", "up"],
         "IA3": ["q_proj", "v_proj", "c_attn", "down"],
         "feedforward": ["down"],
+        "LOHA": ["extra"],
+        "heads": ["head"],
+    },
+    "signal": {
+        "LORA": ["line", "room", "fc"],
+        "ADALORA": ["fc"],
+        "IA3": ["fc"],
+        "feedforward": [],
         "heads": ["head"],
     },
     "image": {
@@ -209,7 +244,7 @@ def build(kind: str, ours: bool, seed: int, **shape) -> nn.Module:
 
 def inputs(kind: str, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    if kind == "image":
+    if kind in ("image", "signal"):
         return torch.randn((2, 4, 5, 5), generator=generator)
     return torch.randint(0, 13, (2, 5), generator=generator)
 

@@ -26,7 +26,7 @@ if V5:
     from transformers.utils.loading_report import log_state_dict_report
 
 PREFIX = "base_model.model."
-FAMILY = {"LORA": "lora", "ADALORA": "lora", "IA3": "ia3"}
+FAMILY = {"LORA": "lora", "ADALORA": "lora", "IA3": "ia3", "LOHA": "lycoris"}
 
 
 def method_of(config) -> str:
@@ -230,8 +230,8 @@ class Reference:
         self._adopt(name, config, before)
 
     def _log_missing(self, name, state, text) -> None:
-        """Difference: what a state dict lacks of an IA3 adapter is logged, too."""
-        if state is not None and method_of(self.model.peft_config[name]) == "IA3":
+        """Difference: what a state dict lacks of an IA3 or LoHa adapter is logged, too."""
+        if state is not None and method_of(self.model.peft_config[name]) in ("IA3", "LOHA"):
             given = {key.removeprefix(PREFIX) for key in state}
             missing = [path for path in self.own(name) if path.removesuffix(f".{name}") not in given]
             if missing:

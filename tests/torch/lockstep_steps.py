@@ -28,8 +28,18 @@ from torch import nn
 import peftc
 
 NAMES = ["zeta", "kilo", "xray", "bravo"]  # no name is part of another or of a module's (defect 1 has its own tests)
-THEIR_CONFIGS = {"LORA": peft.LoraConfig, "IA3": peft.IA3Config, "ADALORA": peft.AdaLoraConfig}
-OUR_CONFIGS = {"LORA": peftc.LoraConfig, "IA3": peftc.IA3Config, "ADALORA": peftc.AdaLoraConfig}
+THEIR_CONFIGS = {
+    "LORA": peft.LoraConfig,
+    "IA3": peft.IA3Config,
+    "ADALORA": peft.AdaLoraConfig,
+    "LOHA": peft.LoHaConfig,
+}
+OUR_CONFIGS = {
+    "LORA": peftc.LoraConfig,
+    "IA3": peftc.IA3Config,
+    "ADALORA": peftc.AdaLoraConfig,
+    "LOHA": peft.LoHaConfig,  # PEFT makes these
+}
 DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 #: Relative. In half precision two ways to round are this far apart; test_gradients.py measures both from the exact value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 0.12}
@@ -63,7 +73,7 @@ class Mismatch(AssertionError):
 def specification(seed: int) -> dict:
     """The model of sequence `seed`, and what may occur in it."""
     rng = random.Random(seed * 7919 + 1)
-    kind = rng.choices(["text", "image", "bert", "llama", "gpt2"], [50, 20, 10, 10, 10])[0]
+    kind = rng.choices(["text", "image", "signal", "bert", "llama", "gpt2"], [45, 18, 7, 10, 10, 10])[0]
     shape = {}
     if kind == "text":
         shape = {
@@ -72,7 +82,7 @@ def specification(seed: int) -> dict:
             "shared": rng.random() < 0.2,
             "tied": rng.random() < 0.2,
         }
-    elif kind == "image":
+    elif kind in ("image", "signal"):
         kernel = rng.choice([1, 3])
         shape = {
             "kernel": kernel,
@@ -84,7 +94,7 @@ def specification(seed: int) -> dict:
     elif kind == "llama":
         shape = {"tied": rng.random() < 0.3}
     family = rng.choices(["LORA", "IA3", "ADALORA", "mixed"], [45, 15, 10, 30])[0]
-    residual = family == "LORA" and kind not in ("image", "gpt2") and rng.random() < 0.15  # PEFT: Linear only
+    residual = family == "LORA" and kind not in ("image", "signal", "gpt2") and rng.random() < 0.15  # PEFT: Linear only
     if residual:
         shape["shared"] = (
             False  # what calls a layer under its other name has the base weights here, not what is left of them
@@ -150,7 +160,7 @@ class Generator:
         rng, spec = self.rng, self.spec
         method = spec["family"]
         if method == "mixed":
-            method = rng.choice(["LORA", "LORA", "IA3", "ADALORA"])
+            method = rng.choice(["LORA", "LORA", "IA3", "ADALORA", *(["LOHA"] if "LOHA" in self.layers else [])])
         every = self.layers[method]
         if spec["kind"] == "image" and spec["family"] == "mixed" and method == "IA3":
             every = ["fc"]  # PEFT: a convolution takes one method
@@ -164,11 +174,13 @@ class Generator:
                 getattr(config, "inference_mode", True) is False
                 for config in getattr(self.lockstep.theirs.model, "peft_config", {}).values()
             ) and rng.random() < 0.9  # fmt: skip
+        elif method == "LOHA":
+            fields.update(r=rng.choice([1, 2]), alpha=rng.choice([1, 4]))
         else:
             fields["feedforward_modules"] = [name for name in targets if name in self.layers["feedforward"]]
             if rng.random() < 0.2:
                 fields["init_ia3_weights"] = False
-        if spec["dropout"] and method != "IA3":
+        if spec["dropout"] and method in ("LORA", "ADALORA"):
             fields["lora_dropout"] = 0.3
         if spec["heads"] == "all" or (spec["heads"] == "some" and rng.random() < 0.4):
             fields["modules_to_save"] = list(self.layers["heads"])
@@ -189,7 +201,9 @@ class Generator:
             fields["r"] = rng.choice([1, 2, 4])
             return
         draw = rng.random()
-        plain = not {"embed", "word_embeddings", "embed_tokens", "wte", "first", "second"} & set(targets)
+        plain = not {"embed", "word_embeddings", "embed_tokens", "wte", "first", "second", "line", "room"} & set(
+            targets
+        )
         if draw < 0.1:
             fields["init_lora_weights"] = False
         elif draw < 0.2:
@@ -211,7 +225,12 @@ class Generator:
             fields["layers_to_transform"] = [rng.randrange(2)]
         elif rng.random() < 0.15:
             fields["target_modules"] = r".*\.?(" + "|".join(targets).replace(".", r"\.") + ")"
-        elif rng.random() < 0.1 and spec["kind"] != "image" and spec["heads"] == "none" and spec["family"] == "LORA":
+        elif (
+            rng.random() < 0.1
+            and spec["kind"] not in ("image", "signal")
+            and spec["heads"] == "none"
+            and spec["family"] == "LORA"
+        ):
             # With other wrappers around PEFT also adapts what is inside of them.
             fields["target_modules"] = "all-linear"
         if rng.random() < 0.1 and isinstance(fields["target_modules"], list) and len(targets) > 1:
@@ -634,10 +653,10 @@ class Lockstep:
             side.model.load_state_dict(state)
 
     def do_wrong(self, what):
-        target = models.LAYERS[self.spec["kind"]]["LORA"][-1 if self.spec["kind"] == "image" else 0]
+        target = models.LAYERS[self.spec["kind"]]["LORA"][-1 if self.spec["kind"] in ("image", "signal") else 0]
         empty = self.folder / "empty"
         empty.mkdir(exist_ok=True)
-        norm = {"text": "norm", "bert": "LayerNorm", "llama": "input_layernorm", "gpt2": "ln_1", "image": "missing"}
+        norm = {"text": "norm", "bert": "LayerNorm", "llama": "input_layernorm", "gpt2": "ln_1"}
 
         def lora(side, **fields):
             return self.config(side, "LORA", {"r": 2, "target_modules": [target], **fields}, False)
@@ -652,7 +671,7 @@ class Lockstep:
             "empty": lambda side: side.load(str(empty), free),
             "tuple": lambda side: side.set(("zeta", "kilo")),
         }
-        if what != "layer" or self.spec["kind"] != "image":
+        if what != "layer" or self.spec["kind"] in norm:
             self.both(calls[what])
 
     # ---------------------------------------------------------- comparing
@@ -765,14 +784,16 @@ def same_gradients(theirs: dict, ours: dict) -> None:
 
 def same_text(theirs: str, ours: str) -> bool:
     """PEFT's text, to which ours may add the remedy; or one of OWN_TEXTS."""
-    return ours.startswith(theirs.rstrip(".")) or any(
+    return ours.startswith(theirs.rstrip(".'")) or any(
         re.match(their, theirs, re.DOTALL) and re.match(our, ours) for their, our in OWN_TEXTS
     )
 
 
 #: Fields of configs that PEFT has got after 0.17.1, which peftc's classes do not have.
 LATER = (
-    set().union(*(config().to_dict() for config in THEIR_CONFIGS.values() if config is not peft.AdaLoraConfig))
+    set().union(
+        *(config().to_dict() for config in THEIR_CONFIGS.values() if config in (peft.LoraConfig, peft.IA3Config))
+    )
     - set(peftc.LoraConfig().to_dict())
     - set(peftc.IA3Config().to_dict())
 )
