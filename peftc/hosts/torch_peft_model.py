@@ -13,8 +13,7 @@ from .. import _prepare
 from ..mixin import _is_config, _read_config
 from . import torch_card, torch_peft_save
 from .torch_imports import when_imported
-from .torch_inject import attachment, check_config, new_name, prefix_of
-from .torch_layers import AdaptedLayer
+from .torch_inject import attachment, check_config, has_adapters, new_name, prefix_of
 from .torch_peft import as_pefts
 from .torch_peft_load import files_of, load_new, method_in, read, read_again
 from .torch_registry import join_peft
@@ -106,6 +105,8 @@ class PeftModel(nn.Module):
     def _to_float32(self, name: str) -> bool:
         """float32 for the half-precision tensors of one adapter. Were there any?"""
         registry = attachment(self.base_model.model).registry
+        if not any(tensor.dtype in _HALVES for tensor in registry.state_dict(name).values()):
+            return False
         part = registry.part(name)
         halves = [tensor for tensor in part.tensors() if tensor.dtype in _HALVES] if part is not None else []
         for tensor in halves:
@@ -123,6 +124,11 @@ class PeftModel(nn.Module):
                         parameter.data = parameter.data.to(torch.float32)
                         found = True
         return found
+
+    def _to_eval(self) -> None:
+        """eval(), at a cost that does not grow with the number of adapters."""
+        attachment(self.base_model.model).host.to_eval(self.base_model.model)
+        self.base_model.training = self.training = False
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let gradients start at the input embeddings, which checkpoints need when all base parameters are frozen."""
@@ -335,7 +341,7 @@ class PeftModel(nn.Module):
             if autocast_adapter_dtype and self._to_float32(adapter_name):
                 read_again(self, adapter_name, files.weights(), key_mapping)
         if not is_trainable:
-            self.eval()
+            self._to_eval()
         return result
 
     # -------------------------------------------------------------------- files
@@ -398,7 +404,7 @@ class PeftModel(nn.Module):
                 f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}.", stacklevel=2
             )
         if not is_trainable:
-            made.eval()
+            made._to_eval()
         return made
 
     def save_pretrained(
@@ -591,7 +597,7 @@ def make(
 
 
 def _warn_before(model: nn.Module, config: Any, path: str | None, revision: str | None) -> None:
-    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+    if has_adapters(model):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
             "different config, make sure to call `.unload()` before.",
