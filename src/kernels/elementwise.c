@@ -69,7 +69,7 @@ typedef struct run_job {
     double c, eps;
     bool root_mean_square;
     pc_rng rng;
-    void *y;
+    void *y, *other_y; /* other_y: what dropout makes of `residual` */
 } run_job;
 
 static void convert_range(void *ctx, int64_t begin, int64_t end)
@@ -191,6 +191,19 @@ void pc_activate(pc_runtime *rt, pc_dtype dt, pc_activation_fn act, int64_t n, c
 /* Elements whose draws are made at once. */
 #define DRAWS 256
 
+/* Elements [at, at + n) of y ← x with the same draws for whatever else is dropped with it. */
+static void drop_part(const run_job *j, const void *x, int64_t at, int64_t n, const float *keep, void *y)
+{
+    if (j->dt == PC_F32) {
+        pc_kernels()->drop(n, pc_at(j->dt, x, at), keep, (float)j->c, pc_at_mut(j->dt, y, at));
+        return;
+    }
+    const double *from = pc_at(j->dt, x, at);
+    double *to = pc_at_mut(j->dt, y, at);
+    for (int64_t i = 0; i < n; i++)
+        to[i] = keep[i] != 0.0f ? from[i] * j->c : 0.0;
+}
+
 static void dropout_range(void *ctx, int64_t begin, int64_t end)
 {
     const run_job *j = ctx;
@@ -198,26 +211,25 @@ static void dropout_range(void *ctx, int64_t begin, int64_t end)
     for (int64_t at = 4 * begin; at < pc_min(j->n, 4 * end); at += DRAWS) { /* a block has four draws */
         int64_t part = pc_min(DRAWS, pc_min(j->n, 4 * end) - at);
         pc_kernels()->keep(j->rng, (uint64_t)at, part, j->eps, keep);
-        if (j->dt == PC_F64) {
-            const double *x = (const double *)j->x + at;
-            double *y = (double *)j->y + at;
-            for (int64_t i = 0; i < part; i++)
-                y[i] = keep[i] != 0.0f ? x[i] * j->c : 0.0;
-        } else {
-            const float *x = (const float *)j->x + at, c = (float)j->c;
-            float *y = (float *)j->y + at;
-            for (int64_t i = 0; i < part; i++)
-                y[i] = keep[i] != 0.0f ? x[i] * c : 0.0f;
-        }
+        drop_part(j, j->x, at, part, keep, j->y);
+        if (j->residual != NULL)
+            drop_part(j, j->residual, at, part, keep, j->other_y);
     }
+}
+
+void pc_dropout_two(pc_runtime *rt, pc_dtype dt, int64_t n, const void *x, void *y, const void *x2, void *y2, double p,
+                    uint64_t seed, uint64_t stream)
+{
+    run_job j = {.dt = dt, .n = n, .x = x, .residual = x2, .other_y = y2, .y = y, .eps = p};
+    j.c = p < 1.0 ? 1.0 / (1.0 - p) : 0.0;
+    j.rng = (pc_rng){seed, stream};
+    pc_parallel_for(rt, n / 4 + (n % 4 != 0), GRAIN / 16, dropout_range, &j);
 }
 
 void pc_dropout(pc_runtime *rt, pc_dtype dt, int64_t n, const void *x, double p, uint64_t seed, uint64_t stream,
                 void *y)
 {
-    run_job j = {.dt = dt, .n = n, .x = x, .c = p < 1.0 ? 1.0 / (1.0 - p) : 0.0, .eps = p, .y = y};
-    j.rng = (pc_rng){seed, stream};
-    pc_parallel_for(rt, n / 4 + (n % 4 != 0), GRAIN / 16, dropout_range, &j);
+    pc_dropout_two(rt, dt, n, x, y, NULL, NULL, p, seed, stream);
 }
 
 /* -------------------------------------------------------------- normalisation */

@@ -72,6 +72,10 @@ void pc_activate(pc_runtime *rt, pc_dtype dt, pc_activation_fn act, int64_t n, c
 void pc_dropout(pc_runtime *rt, pc_dtype dt, int64_t n, const void *x, double p, uint64_t seed, uint64_t stream,
                 void *y);
 
+/* The same for x and, with the same draws, x2 → y2 (NULL: x alone). */
+void pc_dropout_two(pc_runtime *rt, pc_dtype dt, int64_t n, const void *x, void *y, const void *x2, void *y2, double p,
+                    uint64_t seed, uint64_t stream);
+
 /* -------------------------------------------------------------- normalisation */
 
 /* y (m,n) = LayerNorm(x + residual) · weight + bias over the last axis; residual, weight, bias may be NULL;

@@ -9,6 +9,16 @@ static int64_t isa_head_scratch(int64_t tk, int64_t dim)
     return keys * dim + keys * HEAD_ROWS + tk * wide;
 }
 
+static void isa_drop(int64_t n, const float *x, const float *keep, float c, float *y)
+{
+    const V factor = v_set1(c), zero = v_set1(0);
+    int64_t i = 0;
+    for (; i + VW <= n; i += VW)
+        v_store(y + i, v_select_less(zero, v_load(keep + i), v_load(x + i) * factor, zero));
+    if (i < n)
+        v_storen(y + i, v_select_less(zero, v_loadn(keep + i, n - i), v_loadn(x + i, n - i) * factor, zero), n - i);
+}
+
 /* Draws that are made at once. */
 #define DRAWS 256
 
@@ -24,15 +34,11 @@ static void drop_row(const pc_head_job *job, int64_t i, float *x)
 {
     float keep[DRAWS];
     const uint64_t first = job->first_draw + (uint64_t)i * (uint64_t)pc_draws_of_row(job->tk);
-    const V factor = v_set1(job->dropout < 1.0 ? (float)(1.0 / (1.0 - job->dropout)) : 0.0f);
+    const float factor = job->dropout < 1.0 ? (float)(1.0 / (1.0 - job->dropout)) : 0.0f;
     for (int64_t j = 0; j < job->tk; j += DRAWS) {
         const int64_t part = pc_min(DRAWS, job->tk - j);
         isa_keep(job->rng, first + (uint64_t)j, part, job->dropout, keep);
-        int64_t p = 0;
-        for (; p + VW <= part; p += VW)
-            v_store(x + j + p, v_load(x + j + p) * (v_load(keep + p) * factor));
-        if (p < part)
-            v_storen(x + j + p, v_loadn(x + j + p, part - p) * (v_loadn(keep + p, part - p) * factor), part - p);
+        isa_drop(part, x + j, keep, factor, x + j);
     }
 }
 

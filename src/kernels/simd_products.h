@@ -405,6 +405,7 @@ const pc_kernel_table TABLE_NAME = {
     .widen = isa_widen,
     .narrow = isa_narrow,
     .keep = isa_keep,
+    .drop = isa_drop,
     .pack = isa_pack,
     .linear = isa_linear,
     .pack_rows = pack_transposed,

@@ -157,6 +157,8 @@ typedef struct pc_kernel_table {
     void (*narrow)(pc_dtype dst_dtype, const float *src, int64_t n, void *dst);
     /* pc_rng_keep */
     void (*keep)(pc_rng rng, uint64_t first, int64_t n, double p, float *keep);
+    /* y (n) = c · x where keep is not 0, else 0; y may be x */
+    void (*drop)(int64_t n, const float *x, const float *keep, float c, float *y);
     /* Fill panels [begin, end) of `p` from x. */
     void (*pack)(const pc_panels *p, const float *x, int64_t begin, int64_t end);
     /* Panels [panel_begin, panel_end) × strips of `lanes` weight rows [begin, end). */

@@ -75,6 +75,30 @@ static pc_status factor_gradients(const pc_call *call, const pc_adapter *adapter
     return status;
 }
 
+/* scale · (dy · B ⊙ e) · A: added to way->dx, or when dropout is still to come put into *part, which is way->dx's own
+ * memory if that is empty. */
+static pc_status input_gradient(const pc_call *call, const pc_lowrank_back *what, const pc_lowrank_term *term,
+                                const pc_way_back *way, const void *dy, bool drops, pc_pool *scratch, void **part,
+                                pc_error *err)
+{
+    const int64_t rows = call->rows, n = call->module->out_features, k = call->module->in_features;
+    void *u, *to = way->dx->data;
+    pc_status status = pc_scratch(scratch, call->compute, rows, term->r, &u, err);
+    if (status == PC_OK && drops && way->dx->filled)
+        status = pc_scratch(scratch, call->compute, rows, k, &to, err);
+    if (status == PC_OK)
+        status = pc_gemm(call->rt, call->compute, false, false, rows, term->r, n, what->scale, dy, n, term->b, term->r,
+                         0.0, u, term->r, err);
+    if (status != PC_OK)
+        return status;
+    if (term->e != NULL)
+        pc_scale_columns(call->rt, call->compute, rows, term->r, u, call->compute, term->e, u);
+    if (drops)
+        *part = to;
+    return pc_gemm(call->rt, call->compute, false, false, rows, k, term->r, 1.0, u, term->r, term->a, k,
+                   !drops && way->dx->filled ? 1.0 : 0.0, to, k, err);
+}
+
 pc_status pc_lowrank_way_back(const pc_call *call, const pc_adapter *adapter, const pc_lowrank_back *what,
                               const pc_way_back *way, const void *dy, pc_pool *scratch, pc_error *err)
 {
@@ -82,7 +106,6 @@ pc_status pc_lowrank_way_back(const pc_call *call, const pc_adapter *adapter, co
     const pc_dtype compute = call->compute;
     const int64_t rows = call->rows, n = m->out_features, k = m->in_features;
     const void *dropped;
-    void *u, *part;
     pc_lowrank_term term = {.r = pc_tensor_count(what->a) / (k != 0 ? k : 1), .scale = what->scale};
     if (rows == 0 || n == 0 || k == 0 || term.r == 0)
         return PC_OK;
@@ -91,34 +114,17 @@ pc_status pc_lowrank_way_back(const pc_call *call, const pc_adapter *adapter, co
         status = pc_tensor_as(call->rt, compute, adapter, what->b, scratch, &term.b, err);
     if (status == PC_OK && what->e != NULL)
         status = pc_tensor_as(call->rt, compute, adapter, what->e, scratch, &term.e, err);
-    if (status == PC_OK && !what->frozen) {
-        status = pc_drop_input(call, adapter, what->dropout, way->x, scratch, &dropped, err);
-        if (status == PC_OK)
-            status = factor_gradients(call, adapter, what, &term, dropped, dy, scratch, err);
-    }
-    if (status != PC_OK || way->dx == NULL)
-        return status;
-    /* dx += scale · (dy · B ⊙ e) · A, behind dropout */
-    status = pc_scratch(scratch, compute, rows, term.r, &u, err);
-    if (status == PC_OK)
-        status = pc_gemm(call->rt, compute, false, false, rows, term.r, n, what->scale, dy, n, term.b, term.r, 0.0, u,
-                         term.r, err);
-    if (status != PC_OK)
-        return status;
-    if (term.e != NULL)
-        pc_scale_columns(call->rt, compute, rows, term.r, u, compute, term.e, u);
-    if (!call->training || !(what->dropout > 0.0)) {
-        const double beta = way->dx->filled ? 1.0 : 0.0;
+    const bool drops = call->training && what->dropout > 0.0;
+    void *part = NULL; /* the gradient of the dropped-out input */
+    if (status == PC_OK && way->dx != NULL)
+        status = input_gradient(call, what, &term, way, dy, drops, scratch, &part, err);
+    if (status == PC_OK && (drops || !what->frozen))
+        status = pc_drop_both(call, adapter, what->dropout, what->frozen ? NULL : way->x, part, scratch, &dropped, err);
+    if (status == PC_OK && part != NULL && part != way->dx->data)
+        pc_add(call->rt, compute, rows * k, part, 1.0, way->dx->data);
+    if (status == PC_OK && way->dx != NULL)
         way->dx->filled = true;
-        return pc_gemm(call->rt, compute, false, false, rows, k, term.r, 1.0, u, term.r, term.a, k, beta, way->dx->data,
-                       k, err);
-    }
-    status = pc_scratch(scratch, compute, rows, k, &part, err);
-    if (status == PC_OK)
-        status = pc_gemm(call->rt, compute, false, false, rows, k, term.r, 1.0, u, term.r, term.a, k, 0.0, part, k, err);
-    if (status != PC_OK)
-        return status;
-    pc_drop_back(call, adapter, what->dropout, part);
-    pc_sum_add(call->rt, compute, way->dx, part, rows * k, 1.0);
-    return PC_OK;
+    if (status == PC_OK && !what->frozen)
+        status = factor_gradients(call, adapter, what, &term, dropped, dy, scratch, err);
+    return status;
 }

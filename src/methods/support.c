@@ -74,9 +74,9 @@ pc_status pc_check_lora_numbers(const pc_config *config, double alpha, double dr
 }
 
 /* Each adapter of a layer draws on its own. */
-static void drop(const pc_call *call, const pc_adapter *adapter, double p, int64_t n, const void *x, void *y)
+static uint64_t stream_of(const pc_call *call, const pc_adapter *adapter)
 {
-    pc_dropout(call->rt, call->compute, n, x, p, call->rng.seed, call->rng.stream ^ (adapter->id << 40), y);
+    return call->rng.stream ^ (adapter->id << 40);
 }
 
 pc_status pc_drop_input(const pc_call *call, const pc_adapter *adapter, double p, const void *x, pc_pool *scratch,
@@ -85,20 +85,34 @@ pc_status pc_drop_input(const pc_call *call, const pc_adapter *adapter, double p
     *out = x;
     if (!call->training || !(p > 0.0))
         return PC_OK;
+    return pc_drop_both(call, adapter, p, x, NULL, scratch, out, err);
+}
+
+pc_status pc_drop_both(const pc_call *call, const pc_adapter *adapter, double p, const void *x, void *dx,
+                       pc_pool *scratch, const void **out, pc_error *err)
+{
     const int64_t n = pc_input_count(call);
+    const uint64_t stream = stream_of(call, adapter);
     void *dropped;
+    *out = x;
+    if (!call->training || !(p > 0.0))
+        return PC_OK;
+    if (x == NULL) {
+        pc_drop_back(call, adapter, p, dx);
+        return PC_OK;
+    }
     pc_status status = pc_scratch(scratch, call->compute, n, 1, &dropped, err);
     if (status != PC_OK)
         return status;
-    drop(call, adapter, p, n, x, dropped);
+    pc_dropout_two(call->rt, call->compute, n, x, dropped, dx, dx, p, call->rng.seed, stream);
     *out = dropped;
     return PC_OK;
 }
 
 void pc_drop_back(const pc_call *call, const pc_adapter *adapter, double p, void *dx)
 {
-    if (call->training && p > 0.0)
-        drop(call, adapter, p, pc_input_count(call), dx, dx);
+    if (call->training && p > 0.0 && dx != NULL)
+        pc_dropout(call->rt, call->compute, pc_input_count(call), dx, p, call->rng.seed, stream_of(call, adapter), dx);
 }
 
 pc_conv_shape pc_call_conv(const pc_call *call)

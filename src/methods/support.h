@@ -87,6 +87,9 @@ typedef struct pc_lowrank_back {
 pc_status pc_lowrank_way_back(const pc_call *call, const pc_adapter *adapter, const pc_lowrank_back *what,
                               const pc_way_back *way, const void *dy, pc_pool *scratch, pc_error *err);
 
+/* support.c: the same, and dx through the same dropout in place; either may be NULL. */
+pc_status pc_drop_both(const pc_call *call, const pc_adapter *adapter, double p, const void *x, void *dx,
+                       pc_pool *scratch, const void **out, pc_error *err);
 /* support.c: dx (n) through the dropout of pc_drop_input, in place. */
 void pc_drop_back(const pc_call *call, const pc_adapter *adapter, double p, void *dx);
 
