@@ -548,6 +548,24 @@ def test_a_deleted_adapter_between_forward_and_backward():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_is_merged_or_disabled_does_not_learn():
+    model = adapted(peftc.LoraConfig(r=2, target_modules=["query", "embed"]))
+    model.merge_adapter()
+    assert type(model(IDS, MASK)) is np.ndarray
+    model.unmerge_adapter()
+    model.disable_adapters()
+    assert type(model(IDS, MASK)) is np.ndarray
+    model.enable_adapters()
+    assert isinstance(model(IDS, MASK), nn.Tensor)
+
+
+def test_empty_batches():
+    model = adapted(peftc.LoraConfig(r=2, target_modules=["query", "up", "embed"]))
+    hidden = model.embed(np.zeros((0, 3), int))
+    model.embed.backward(np.zeros(hidden.shape), hidden)
+    assert float(np.abs(dict(model.named_parameters())["embed.lora_embedding_B.default"].grad).sum()) == 0
+
+
 def test_switching_between_forward_and_backward():
     model = adapted(CONFIGS["lora"]())
     model.add_adapter(peftc.LoraConfig(r=2, target_modules=["query"]), "other")

@@ -13,6 +13,8 @@ bool pc_learns(const pc_activation *activation, int32_t module_index, bool own_w
     *needs_x = own_weight;
     if (activation == NULL || !activation->enabled || module_index < 0)
         return learns;
+    const pc_merged *m = activation->merged;
+    const bool merged = m != NULL && (size_t)module_index < m->module_count && m->weight[module_index] != NULL;
     for (size_t i = 0; i < activation->count; i++) {
         const pc_adapter *adapter = activation->adapters[i];
         const pc_slot *slot = pc_adapter_slot(adapter, module_index);
@@ -23,7 +25,7 @@ bool pc_learns(const pc_activation *activation, int32_t module_index, bool own_w
             continue;
         for (int32_t t = 0; t < slot->tensor_count; t++) {
             const pc_tensor *tensor = &adapter->tensors[slot->first_tensor + t];
-            if (!tensor->trainable)
+            if (!tensor->trainable || (merged && tensor->role < PC_ROLE_BASE_BIAS)) /* merged weights stand for those */
                 continue;
             learns = true;
             if (tensor->role != PC_ROLE_BASE_BIAS && tensor->role != PC_ROLE_SAVED_BIAS)
