@@ -118,6 +118,8 @@ def make_adapter(
         trainable = not config.inference_mode
     try:
         host.generation(model).check(model, config)
+        if getattr(config, "_custom_modules", None):  # PEFT's _register_custom_module
+            raise NotImplementedError("peftc has no code for layer classes that a config brings itself")
         if source is None:
             registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
         else:

@@ -16,6 +16,11 @@ class AdaLoraLayer(LoraLayer):
     """AdaLora on nn.Linear and on GPT-2's Conv1D; every tensor is a parameter of a ParameterDict, as in PEFT."""
 
     method = "ADALORA"
+    printed_before = "adalora."
+
+    def _get_name(self) -> str:
+        return "SVDLinear"
+
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     first_containers = (

@@ -45,6 +45,9 @@ _OUT = "base_layer.out_proj."
 class OutProjection(Linear):
     """What an adapted attention has as out_proj. It is not called; attention multiplies with its weight."""
 
+    def _get_name(self) -> str:
+        return "Linear"
+
     def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
         return super().merge_into(name, weight + self.get_delta_weight(name), bias)
 

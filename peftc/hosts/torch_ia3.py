@@ -8,6 +8,7 @@ import torch
 from .. import _core
 from .torch_layers import AdaptedLayer, transposed
 from .torch_stamps import ParameterDict, parameter, put_parameters
+from .torch_tree import kind_of
 
 
 class IA3Layer(AdaptedLayer):
@@ -29,6 +30,10 @@ class IA3Layer(AdaptedLayer):
     def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
         put_parameters(layers, "ia3_l", name, [parameter(own["ia3_l"]) for own in tensors])
         _core.put_items(layers, ("_feedforward",), name, [slot[5] for slot in slots])
+
+    def _get_name(self) -> str:
+        kind = kind_of(self.get_base_layer())
+        return "Linear" if kind == "Conv1D" else kind
 
     def _vector(self, name: str) -> torch.Tensor:
         """Shaped to multiply the layer's input or output."""

@@ -73,6 +73,8 @@ class AdaptedLayer(nn.Module):
     other_param_names: tuple[str, ...] = ()
     #: peft_type of its adapters
     method = ""
+    #: what PEFT's layers print before the name of their class
+    printed_before = ""
     #: parameters of the base layer that merging replaces
     weight_name, bias_name = "weight", "bias"
     #: may one of its adapters be in train mode while the layer is not?
@@ -223,7 +225,7 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"peftc.{super().__repr__()}"
+        return f"{self.printed_before}{super().__repr__()}"
 
 
 class Rows:

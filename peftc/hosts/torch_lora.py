@@ -38,6 +38,7 @@ class LoraLayer(AdaptedLayer):
     """What LoRA's layers share: containers, and what is known of each adapter."""
 
     method = "LORA"
+    printed_before = "lora."
     first_containers = (("lora_dropout", ModuleDict), ("lora_A", ModuleDict), ("lora_B", ModuleDict))
     later_containers = types.MappingProxyType(
         {

@@ -770,8 +770,36 @@ def test_status_as_peft_tells_it():
     theirs, ours = twins(CASES[3])
     assert ours.get_model_status() == theirs.get_model_status()
     expected, found = theirs.get_layer_status(), ours.get_layer_status()
-    for one, other in zip(expected, found, strict=True):
-        assert {**vars(one), "module_type": ""} == {**vars(other), "module_type": ""}
+    assert [vars(one) for one in found] == [vars(one) for one in expected]
+
+
+@EVERY
+def test_layers_print_as_pefts(case):
+    theirs, ours = twins(case)
+    expected = {name: repr(m).partition("(")[0] for name, m in theirs.named_modules()}
+    for name, module in ours.named_modules():
+        if hasattr(module, "base_layer"):
+            assert repr(module).partition("(")[0] == expected[name]
+
+
+def test_layer_classes_of_the_users_own():
+    from peft.tuners.lora import Linear
+
+    class Louder(Linear):
+        def forward(self, x, *args, **kwargs):
+            return 2 * super().forward(x, *args, **kwargs)
+
+    case = CASES[1]
+    config = case.config()
+    config._register_custom_module({nn.Linear: Louder})
+    twin = case.config()
+    twin._register_custom_module({nn.Linear: Louder})
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(case.base(), config).eval()
+    ours = peftc.get_peft_model(case.base(), twin).eval()
+    assert type(ours.base_model.model.lin0) is Louder
+    equal_values(theirs, ours)
+    alike(theirs, ours, case.batch())
 
 
 def test_survives_deepcopy_and_pickle(tmp_path):
