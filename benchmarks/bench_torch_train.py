@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import sys
 import warnings
 
-from alternate import Worker, alternate, serve
+from alternate import ENOUGH, QUIET, Worker, serve
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"1 × 16": (1, 16), "2 × 64": (2, 64), "4 × 128": (4, 128), "8 × 128": (8, 128)}
@@ -79,11 +80,43 @@ def worker(side: str, layers: int, width: int, threads: int) -> None:
     serve(cases)
 
 
+def one_round(sides, shape: str, case: str) -> dict[str, tuple[float, float, float]]:
+    """Of the first and the second side: (base step, step with the adapter, share of the time without a core)."""
+    result = {}
+    for key, side in zip(("ours", "theirs"), sides, strict=True):
+        calls = 3
+        base, idle = side.run(f"{shape}: base", calls)
+        step, more = side.run(f"{shape}: {case}", calls)
+        result[key] = (base, step, max(idle, more))
+    return result
+
+
+class Figures:
+    """Of a quantity: medians over the rounds that count, and what it was in the best rounds."""
+
+    def __init__(self, ours: float, theirs: float, best_ours: float, best_theirs: float) -> None:
+        self.ours, self.theirs, self.best_ours, self.best_theirs = ours, theirs, best_ours, best_theirs
+
+    @classmethod
+    def of(cls, counted, rounds, quantity):
+        medians = [statistics.median(quantity(r[key]) for r in counted) for key in ("ours", "theirs")]
+        # The best base step and the best step with the adapter, whichever rounds they were in.
+        best = [quantity(tuple(min(r[key][i] for r in rounds) for i in range(2))) for key in ("ours", "theirs")]
+        return cls(*medians, *best)
+
+    def __str__(self) -> str:
+        pairs = [(self.ours, self.best_ours), (self.theirs, self.best_theirs)]
+        text = "".join(f"{f'{a * 1e3:.1f} ({b * 1e3:.1f})':>16}" for a, b in pairs)
+        ratio, best = self.theirs / self.ours, self.best_theirs / self.best_ours
+        return text + f"{f'{ratio:.2f} ({best:.2f})':>14}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, the smallest first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -91,18 +124,16 @@ def main() -> None:
         worker(options.worker, options.layers, options.width, options.threads)
         return
     sides = [Worker(__file__, [*sys.argv[1:], "--worker", side], options.threads) for side in ("ours", "theirs")]
-    print(f"{options.layers} layers × {options.width}, {options.threads} threads; milliseconds, medians\n")
-    print(f"{'batch':9}{'':27}{'step':>8}{'PEFT':>8}{'ratio':>7}{'added':>8}{'PEFT':>8}{'ratio':>7}  quiet rounds")
-    for shape in SHAPES:
-        base = alternate(*sides, f"{shape}: base", options.rounds, 0.2)
-        print(f"{shape:9}{'no adapter':27}{base.ours * 1e3:8.1f}{base.theirs * 1e3:8.1f}")
+    print(f"{options.layers} layers × {options.width}, {options.threads} threads; milliseconds: median (best)\n")
+    print(f"{'batch':9}{'':27}{'step':>16}{'PEFT':>16}{'ratio':>14}{'added':>16}{'PEFT':>16}{'ratio':>14}  quiet")
+    for shape in list(SHAPES)[: options.shapes]:
         for case in CASES:
-            found = alternate(*sides, f"{shape}: {case}", options.rounds, 0.2)
-            ours, theirs = found.ours - base.ours, found.theirs - base.theirs
-            print(
-                f"{shape:9}{case:27}{found.ours * 1e3:8.1f}{found.theirs * 1e3:8.1f}{found.ratio:7.2f}"
-                f"{ours * 1e3:8.1f}{theirs * 1e3:8.1f}{theirs / ours:7.2f}  {found.quiet} of {found.rounds}"
-            )
+            rounds = [one_round(sides if i % 2 == 0 else sides[::-1], shape, case) for i in range(options.rounds)]
+            rounds = [r if i % 2 == 0 else {"ours": r["theirs"], "theirs": r["ours"]} for i, r in enumerate(rounds)]
+            quiet = [r for r in rounds if max(share for *_, share in r.values()) <= QUIET]
+            counted = quiet if len(quiet) >= min(ENOUGH, len(rounds)) else rounds
+            step, added = (Figures.of(counted, rounds, lambda t, k=k: t[1] - k * t[0]) for k in (0, 1))
+            print(f"{shape:9}{case:27}{step}{added}  {len(quiet)} of {len(rounds)}", flush=True)
     for side in sides:
         side.close()
 

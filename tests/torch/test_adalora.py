@@ -8,8 +8,8 @@ import json
 import peft
 import pytest
 import torch
-from their_mixin import freeze_counts
 from safetensors.torch import load_file
+from their_mixin import freeze_counts
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import peftc
