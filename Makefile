@@ -66,8 +66,8 @@ endif
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(READY_DEMO) ## four real adapters on a real model, without torch (DEMO=quick: fewer sentences)
-	@$(PY) docs/examples/demo.py $(if $(filter quick,$(DEMO)),--quick)
+demo: $(READY_DEMO) ## train four adapters on real text without torch (DEMO=quick: less; DEMO=real: four that PEFT made)
+	@$(PY) docs/examples/$(if $(filter real%,$(DEMO)),demo_real,demo).py $(if $(filter %quick,$(DEMO)),--quick)
 
 test: $(READY_TEST) ## the tests, against PEFT and torch (T=tests/test_x.py: some of them)
 	@$(PY) -m pytest -q $(T)

