@@ -64,6 +64,8 @@ int peftc_parameter_node(peftc_state *state, PyObject *parameter, peftc_node **o
 /* A new node for the result `y`; takes over `saved`, also when it fails.  The parents' references are copied. */
 peftc_node *peftc_node_new(peftc_state *state, const peftc_node_ops *ops, PyArrayObject *y, pc_dtype compute,
                            peftc_node *const *parents, Py_ssize_t parent_count, void *saved);
+/* Give back what the way back needed; the node stays as a mark that the gradient has passed. */
+void peftc_node_forget(peftc_node *node);
 void peftc_node_keep(peftc_node *node, int slot, void *object); /* a new reference is taken; NULL is allowed */
 
 /* The array as a Tensor with the node; both references are taken over.  NULL with an exception. */
@@ -78,6 +80,8 @@ PyArrayObject *peftc_own_gradient(PyArrayObject *dy);
 /* NPY_FLOAT32 or NPY_FLOAT64. */
 static inline int peftc_compute_type(pc_dtype compute) { return compute == PC_F64 ? NPY_FLOAT64 : NPY_FLOAT32; }
 
+/* py_backward.c: what peftc_add_tape adds besides its own. */
+int peftc_add_backward(PyObject *module);
 int peftc_add_tape(PyObject *module, peftc_state *state);
 
 #endif
