@@ -172,6 +172,9 @@ static pc_status lora_check_module(const pc_config *config, const pc_module *m, 
     if (m->kind == PC_ATTENTION && p->use_dora)
         return pc_fail(err, PC_ERR_VALUE,
                        "MultiheadAttention does not support DoRA (yet), please set use_dora to False (module %s)", m->name);
+    if (m->kind == PC_ATTENTION && p->lora_bias) /* ignored by PEFT 0.17, not by 0.21 */
+        return pc_fail(err, PC_ERR_UNSUPPORTED, "peftc has no code for lora_bias=True on a MultiheadAttention (module %s)",
+                       m->name);
     if (pc_kind_kernel_dims(m->kind) == 0 && m->kind != PC_ATTENTION)
         return PC_OK;
     if (m->groups < 1 || slot->rank % m->groups != 0)
@@ -231,7 +234,7 @@ static pc_status lora_plan(const pc_config *config, const pc_module *m, pc_slot_
     if (m->kind == PC_ATTENTION) {
         pc_plan_tensor(plan, LORA_OUT_A, dtype, 2, r, in, 0, 0, true, true);
         pc_plan_tensor(plan, LORA_OUT_B, dtype, 2, in, r, 0, 0, true, true);
-        return PC_OK; /* PEFT has no biases here, whatever lora_bias says */
+        return PC_OK;
     }
     if (p->lora_bias)
         pc_plan_tensor(plan, LORA_B_BIAS, dtype, 1, out, 0, 0, 0, true, true);

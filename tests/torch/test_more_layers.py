@@ -5,8 +5,8 @@ import copy
 import peft
 import pytest
 import torch
+from their_mixin import V5, OnCpu
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin as TheirMixin
 
 import peftc
 
@@ -32,8 +32,8 @@ class OurNet(peftc.PeftAdapterMixin, Net):
     pass
 
 
-class TheirNet(TheirMixin, Net):
-    device = torch.device("cpu")
+class TheirNet(OnCpu, Net):
+    pass
 
 
 TARGETS = ["line", "room", "attention"]
@@ -86,16 +86,17 @@ def test_like_peft(fields, tmp_path):
         assert set(ours.get_adapter_state_dict("a")) == set(state)
     ours.load_state_dict(theirs.state_dict())
     # Keys and flags
-    assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
-        n for n, p in theirs.named_parameters() if p.requires_grad
-    }
+    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    if V5:  # PEFT 0.21 does not train this one with bias="all"
+        trained[0].discard("attention.base_layer.in_proj_bias")
+    assert trained[0] == trained[1]
     same(theirs(X), ours(X))
     # Gradients: PEFT's attention replaces its parameters in a forward pass, so those are looked up again.
     for model in (theirs, ours):
         sum(y.square().sum() for y in model(X)).backward()
     for name, parameter in theirs.named_parameters():
         mine = ours.get_parameter(name)
-        if "lora_" in name:
+        if "lora_" in name and parameter.grad is not None:
             assert torch.allclose(mine.grad, parameter.grad, atol=1e-5), name
     theirs.disable_adapters()
     ours.disable_adapters()
