@@ -64,10 +64,7 @@ def load_adapter(
 
     from ..mixin import PeftAdapterMixin
 
-    earlier = {key: kwargs.pop(key) for key in _EARLIER[:2] if key in kwargs}
-    # Where a model's parts go is settled in Transformers 5 when it is loaded; the adapter follows its layers.
-    for key in _EARLIER[2:]:
-        kwargs.pop(key, None)
+    earlier = {key: kwargs.pop(key) for key in _EARLIER if key in kwargs}
     if kwargs:
         load_config = dataclasses.replace(load_config or LoadStateDictConfig(), **kwargs)
     info: LoadStateDictInfo = PeftAdapterMixin.load_adapter(
