@@ -176,6 +176,23 @@ void pc_add(pc_runtime *rt, pc_dtype dt, int64_t n, const void *x, double scale,
     pc_parallel_for(rt, n, GRAIN, add_range, &j);
 }
 
+static void sum_two_range(void *ctx, int64_t begin, int64_t end)
+{
+    const run_job *j = ctx;
+    for (int64_t at = begin; at < end; at += CHUNK) {
+        const int64_t part = pc_min(CHUNK, end - at);
+        void *y = pc_at_mut(j->dt, j->y, at);
+        memcpy(y, pc_at(j->dt, j->x, at), (size_t)part * pc_dtype_size(j->dt));
+        pc_rows(j->dt)->axpy(part, 1.0, pc_at(j->dt, j->v, at), y);
+    }
+}
+
+void pc_sum_two(pc_runtime *rt, pc_dtype dt, int64_t n, const void *a, const void *b, void *y)
+{
+    run_job j = {.dt = dt, .x = a, .v = b, .y = y};
+    pc_parallel_for(rt, n, GRAIN, sum_two_range, &j);
+}
+
 static void activate_range(void *ctx, int64_t begin, int64_t end)
 {
     const run_job *j = ctx;

@@ -66,6 +66,8 @@ void pc_scale_rows(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, const void
 void pc_add_row(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, pc_dtype vdt, const void *v, double scale, void *y);
 /* y (n) += scale · x (n). */
 void pc_add(pc_runtime *rt, pc_dtype dt, int64_t n, const void *x, double scale, void *y);
+/* y (n) = a (n) + b (n). */
+void pc_sum_two(pc_runtime *rt, pc_dtype dt, int64_t n, const void *a, const void *b, void *y);
 /* y (n) = act(x (n)); y may be x. */
 void pc_activate(pc_runtime *rt, pc_dtype dt, pc_activation_fn act, int64_t n, const void *x, void *y);
 /* y (n) = x (n) · keep/(1-p), keep drawn from rng per element; y may be x. */

@@ -19,12 +19,21 @@ static PyArrayObject *like_node(const peftc_node *node)
     return (PyArrayObject *)PyArray_SimpleNew((int)ndim, dims, peftc_compute_type(node->compute));
 }
 
+/* One reference is the caller's; a view shares its memory. */
+static bool is_ours(PyArrayObject *dy)
+{
+    return Py_REFCNT(dy) == 1 && PyArray_BASE(dy) == NULL && PyArray_ISWRITEABLE(dy);
+}
+
 PyArrayObject *peftc_own_gradient(PyArrayObject *dy)
 {
-    /* one reference is the caller's; a view shares its memory */
-    if (Py_REFCNT(dy) == 1 && PyArray_BASE(dy) == NULL && PyArray_ISWRITEABLE(dy))
-        return (PyArrayObject *)Py_NewRef(dy);
-    return (PyArrayObject *)PyArray_NewCopy(dy, NPY_CORDER);
+    return (PyArrayObject *)(is_ours(dy) ? Py_NewRef(dy) : PyArray_NewCopy(dy, NPY_CORDER));
+}
+
+PyArrayObject *peftc_gradient_place(PyArrayObject *dy)
+{
+    return (PyArrayObject *)(is_ours(dy) ? Py_NewRef(dy)
+                                         : PyArray_SimpleNew(PyArray_NDIM(dy), PyArray_DIMS(dy), PyArray_TYPE(dy)));
 }
 
 int peftc_node_sum(peftc_node *parent, pc_sum *sum)

@@ -252,8 +252,7 @@ static PyObject *f_layer_norm(PyObject *module, PyObject *args)
         const void *in = PyArray_DATA(x.array), *added = data_of(residual.array);
         Py_BEGIN_ALLOW_THREADS
         if (sum != NULL && added != NULL) {
-            memcpy(PyArray_DATA(sum), in, (size_t)(rows * width) * pc_dtype_size(x.compute));
-            pc_add(state->rt, x.compute, rows * width, added, 1.0, PyArray_DATA(sum));
+            pc_sum_two(state->rt, x.compute, rows * width, in, added, PyArray_DATA(sum));
             in = PyArray_DATA(sum);
             added = NULL;
         }

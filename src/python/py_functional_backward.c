@@ -59,30 +59,32 @@ static int raise(peftc_node *node, const pc_error *err)
 static int activation_backward(peftc_node *node, PyArrayObject *dy)
 {
     const details *d = node->saved;
-    PyArrayObject *dx = peftc_own_gradient(dy);
+    PyArrayObject *dx = peftc_gradient_place(dy);
     if (dx == NULL)
         return -1;
     void *data = PyArray_DATA(dx);
+    const void *from = PyArray_DATA(dy);
     const void *kept = data_of(node->kept[0]);
     const int64_t n = PyArray_SIZE(dx);
     pc_runtime *rt = runtime_of(node);
     Py_BEGIN_ALLOW_THREADS
-    pc_activate_back(rt, node->compute, d->act, n, kept, data, data);
+    pc_activate_back(rt, node->compute, d->act, n, kept, from, data);
     Py_END_ALLOW_THREADS
     return peftc_node_give(node->parents[0], dx);
 }
 
 static int softmax_backward(peftc_node *node, PyArrayObject *dy)
 {
-    PyArrayObject *dx = peftc_own_gradient(dy);
+    PyArrayObject *dx = peftc_gradient_place(dy);
     if (dx == NULL)
         return -1;
     void *data = PyArray_DATA(dx);
+    const void *from = PyArray_DATA(dy);
     const void *y = data_of(node->kept[0]);
     const int64_t width = PyArray_DIM(dx, PyArray_NDIM(dx) - 1), rows = width != 0 ? PyArray_SIZE(dx) / width : 0;
     pc_runtime *rt = runtime_of(node);
     Py_BEGIN_ALLOW_THREADS
-    pc_softmax_back(rt, node->compute, rows, width, y, data, data);
+    pc_softmax_back(rt, node->compute, rows, width, y, from, data);
     Py_END_ALLOW_THREADS
     return peftc_node_give(node->parents[0], dx);
 }
@@ -90,17 +92,18 @@ static int softmax_backward(peftc_node *node, PyArrayObject *dy)
 static int dropout_backward(peftc_node *node, PyArrayObject *dy)
 {
     const details *d = node->saved;
-    PyArrayObject *dx = peftc_own_gradient(dy);
+    PyArrayObject *dx = peftc_gradient_place(dy);
     if (dx == NULL)
         return -1;
     void *data = PyArray_DATA(dx);
+    const void *from = PyArray_DATA(dy);
     const int64_t n = PyArray_SIZE(dx);
     pc_runtime *rt = runtime_of(node);
     Py_BEGIN_ALLOW_THREADS
     if (d->p >= 1.0)
         memset(data, 0, (size_t)n * pc_dtype_size(node->compute));
     else
-        pc_dropout(rt, node->compute, n, data, d->p, d->rng.seed, d->rng.stream, data);
+        pc_dropout(rt, node->compute, n, from, d->p, d->rng.seed, d->rng.stream, data);
     Py_END_ALLOW_THREADS
     return peftc_node_give(node->parents[0], dx);
 }

@@ -139,6 +139,18 @@ static int norm_backward(peftc_node *node, PyArrayObject *dy)
     return 0;
 }
 
+/* Do adapters change the gradient of the result on its way to the base operation? */
+static bool turns_gradient(const saved_call *saved)
+{
+    const pc_activation *activation = saved->activation;
+    for (size_t i = 0; activation != NULL && activation->enabled && i < activation->count; i++) {
+        const pc_slot *slot = pc_adapter_slot(activation->adapters[i], saved->call.module_index);
+        if (slot != NULL && slot->adapts)
+            return true;
+    }
+    return false;
+}
+
 /* Everything but norms; parents: input. */
 static int layer_backward(peftc_node *node, PyArrayObject *dy_shared)
 {
@@ -151,15 +163,18 @@ static int layer_backward(peftc_node *node, PyArrayObject *dy_shared)
     if (own_target(node->kept[KEPT_WEIGHT], &weight) < 0 || own_target(node->kept[KEPT_BIAS], &bias) < 0 ||
         peftc_node_sum(node->parents[0], &dx) < 0)
         return -1;
-    PyArrayObject *dy = peftc_own_gradient(dy_shared);
+    PyArrayObject *dy = saved->act != PC_ACT_NONE ? peftc_gradient_place(dy_shared)
+                        : turns_gradient(saved)   ? peftc_own_gradient(dy_shared)
+                                                  : (PyArrayObject *)Py_NewRef(dy_shared);
     if (dy == NULL)
         return -1;
+    const void *given = PyArray_DATA(dy_shared);
     void *dy_data = PyArray_DATA(dy);
     const void *x = data_of(node->kept[KEPT_X]), *activated = data_of(node->kept[KEPT_ACTIVATED]);
     const int64_t count = PyArray_SIZE(dy);
     Py_BEGIN_ALLOW_THREADS
     if (saved->act != PC_ACT_NONE)
-        pc_activate_back(saved->call.rt, saved->call.compute, saved->act, count, activated, dy_data, dy_data);
+        pc_activate_back(saved->call.rt, saved->call.compute, saved->act, count, activated, given, dy_data);
     status = pc_backward(&saved->call, saved->activation, &saved->kept, x, dy_data, dx.data != NULL ? &dx : NULL, weight,
                          bias, &err);
     Py_END_ALLOW_THREADS

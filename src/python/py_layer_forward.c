@@ -307,8 +307,7 @@ PyObject *peftc_norm_forward(PyObject *op, PyObject *const *args, Py_ssize_t nar
     const double eps = effective_eps(&r, cast(op)->eps);
     PyThreadState *saved = r.call.rows * width >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
     if (sum_data != NULL) {
-        memcpy(sum_data, x, (size_t)(r.call.rows * width) * pc_dtype_size(r.compute));
-        pc_add(r.call.rt, r.compute, r.call.rows * width, added, 1.0, sum_data);
+        pc_sum_two(r.call.rt, r.compute, r.call.rows * width, x, added, sum_data);
         x = sum_data;
         added = NULL;
     }

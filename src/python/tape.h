@@ -77,6 +77,8 @@ int peftc_node_sum(peftc_node *parent, pc_sum *sum);
 int peftc_node_give(peftc_node *parent, PyArrayObject *gradient);
 /* dy itself when nobody else has it, else a copy; a new reference, NULL with an exception. */
 PyArrayObject *peftc_own_gradient(PyArrayObject *dy);
+/* Memory for a gradient that is made from dy element by element: dy itself when nobody else has it, else new. */
+PyArrayObject *peftc_gradient_place(PyArrayObject *dy);
 /* NPY_FLOAT32 or NPY_FLOAT64. */
 static inline int peftc_compute_type(pc_dtype compute) { return compute == PC_F64 ? NPY_FLOAT64 : NPY_FLOAT32; }
 
