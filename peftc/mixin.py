@@ -286,7 +286,8 @@ class PeftAdapterMixin:
             source = _renamed(_read_weights(source), key_mapping, attached.host)
 
         places = None
-        if not self._hf_peft_config_loaded and (generation.dispatches or device_map != "auto"):
+        said = device_map != "auto" or max_memory is not None or offload_folder is not None
+        if not self._hf_peft_config_loaded and (generation.dispatches or said):
             places = attached.host.plan_places(self, device_map, max_memory, offload_folder, offload_index)
         origin = peft_model_id if peft_model_id is not None else "state_dict"
         mode = config.inference_mode

@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from their_mixin import V5
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftc
@@ -72,7 +73,7 @@ ELSEWHERE = {**HALF, "transformer.h.0": "disk", "transformer.h.1": "cpu"}
 CASES = {
     "as it was": (dict(device_map=HALF), ["1", "2"]),
     "left alone": (dict(device_map=None), ["1", "2"]),
-    "auto": ({}, []),
+    "auto": ({}, ["1", "2"] if V5 else []),  # Transformers 5 leaves models where they are
     "auto within a limit": (dict(max_memory={"cpu": "30KB"}, offload_folder="second"), None),
     "sequential": (dict(device_map="sequential", max_memory={"cpu": 30_000}, offload_folder="second"), None),
     "one goes, one comes": (dict(device_map=ELSEWHERE, offload_folder="second"), ["0", "2"]),
@@ -132,7 +133,7 @@ def test_tied(folders, tmp_path):
     ).eval()
     model.load_adapter(str(tmp_path / "small"))
     assert torch.allclose(logits(model), logits(whole), atol=1e-6)
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert V5 or model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_refused(folders, expected):
@@ -144,7 +145,7 @@ def test_refused(folders, expected):
         peft.LoraConfig(target_modules=["c_fc"], use_dora=True),
         peft.VeraConfig(target_modules=["c_fc"], save_projection=False),
     ):
-        with pytest.raises(ValueError, match="not in memory|is not supported"):
+        with pytest.raises(ValueError, match="not in memory|does not support PeftType.VERA"):
             model.add_adapter(config, "new")
         assert not model._hf_peft_config_loaded
     assert torch.allclose(logits(model), expected[0], atol=1e-6)

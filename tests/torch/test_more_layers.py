@@ -75,10 +75,6 @@ def names(model):
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-if V5:  # PEFT 0.21: attention has the bias of lora_bias, too, and bias="all" leaves its in_proj_bias out
-    del CONFIGS["lora bias"], CONFIGS["bias all"]
-
-
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_like_peft(fields, tmp_path):
     theirs, ours = pair(groups=2 if fields.get("r") == 4 else 1)
