@@ -6,13 +6,14 @@ done by the C core (`peftc._core.AdapterRegistry`); a method here checks names, 
 # ruff: noqa: UP007, UP045  (the annotations are those of the documented signatures)
 
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypeAlias, TypeVar, Union
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, Optional, TypeAlias, TypeVar, Union
 
-from . import _core, _prepare
+from . import _prepare
+from ._attachment import Attachment, MadeAdapter, check_config, make_adapter, stay_active
 from ._core import AdapterRegistry
+from ._sources import as_config, is_config, read_config, read_weights, renamed, write_config
 from .hosts.generation import adapter_logger
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 _NOT_LOADED = "No adapter loaded. Please load an adapter first."
 _PREFIX = "base_model.model."
-#: fields of a config that choose modules beside target_modules
-_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -40,106 +39,6 @@ def _as_documented(method: _Method) -> _Method:
     kept = [one for one in signature.parameters.values() if one.kind is not one.KEYWORD_ONLY]
     method.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return method
-
-
-class _Attachment:
-    """What a model with adapters carries besides `peft_config`: its registry, who knows how to walk it, and the configs
-    that its adapters were made from, as JSON (those in `peft_config` are the caller's and may be edited)."""
-
-    __slots__ = ("allocators", "host", "lock", "made_from", "registry")
-
-    def __init__(self, model: object) -> None:
-        from threading import RLock
-
-        from .hosts import host_of
-
-        self.host = host_of(model)
-        self.registry: Any = self.host.new_registry()
-        self.lock = RLock()
-        self.made_from: dict[str, str] = {}
-        #: AdaLora adapters in training: what is remembered of them between steps
-        self.allocators: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field: getattr(self, field) for field in self.__slots__ if field != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        from threading import RLock
-
-        for field, value in state.items():
-            setattr(self, field, value)
-        self.lock = RLock()
-
-
-class MadeAdapter(NamedTuple):
-    """An adapter that is listed but not active: its config, what that is to become, and which tensors did not fit."""
-
-    config: Any
-    settled: dict[str, Any]
-    text: str
-    missing: list[str]
-    unexpected: list[str]
-
-
-def make_adapter(
-    attached: _Attachment,
-    model: Any,
-    name: str,
-    config: Any,
-    others: Mapping[str, Any],
-    label: str,
-    source: Any,
-    *,
-    trainable: bool | None = None,
-    targets: str | None = None,
-) -> MadeAdapter:
-    """Make adapter `name` on the model from `config`, fresh (source None) or filled from source.
-
-    Args:
-        others: name → config of the adapters that are there.
-        trainable: the config's inference_mode decides if None.
-        targets: a pattern that stands in for the config's choice of modules.
-
-    The config is not changed; one of peftc's comes back as PEFT's if PEFT has to make the adapter. A refused adapter leaves
-    no trace; the errors are those of `add_adapter` and `load_adapter`.
-    """
-    registry, host = attached.registry, attached.host
-    _prepare.check_against(config, others)
-    modules = host.named_modules(model)
-    once = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
-    settled = _prepare.settle_targets(config, model, host, once)
-    registry.bind(modules, host.output_embedding(model, modules), host.input_embedding(model, modules))
-    instead = {} if targets is None else {"target_modules": targets, **dict.fromkeys(_CHOOSING)}
-    given, before = config, dict(settled)
-    text = _as_json(config, {**settled, **instead})
-    missing: list[str] = []
-    unexpected: list[str] = []
-    if trainable is None:
-        trainable = not config.inference_mode
-    try:
-        host.generation(model).check(model, config)
-        if getattr(config, "_custom_modules", None):  # PEFT's _register_custom_module
-            raise NotImplementedError("peftc has no code for layer classes that a config brings itself")
-        if source is None:
-            registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
-        else:
-            missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
-    except (NotImplementedError, ValueError) as refused:
-        config, settled, missing, unexpected = host.make_elsewhere(
-            registry, name, config, instead, source, refused, label=label, trainable=trainable
-        )
-    try:
-        found = dict(modules)
-        kinds = {path: host.kind(found[path]) for path in registry.adapted_modules(name)}
-        orientation = getattr(config, "fan_in_fan_out", None)
-        if orientation or (orientation is not None and "Conv1D" in kinds.values()):
-            settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
-        if instead or config is not given or settled != before:
-            text = _as_json(config, settled)
-    except BaseException:
-        registry.remove(name)
-        raise
-    return MadeAdapter(config, settled, text, missing, unexpected)
 
 
 class PeftAdapterMixin:
@@ -165,7 +64,7 @@ class PeftAdapterMixin:
     _hf_peft_config_loaded: bool = False
     _hotswap_enabled: bool = False
     _prepare_peft_hotswap_kwargs: Optional[dict[str, Any]] = None
-    _peftc_attachment: Optional[_Attachment] = None
+    _peftc_attachment: Optional[Attachment] = None
     peft_config: dict[str, Any]
 
     # ------------------------------------------------------------ new adapters
@@ -273,17 +172,17 @@ class PeftAdapterMixin:
             files = AdapterFiles(peft_model_id, **options)
             if peft_config is None:
                 label = files.config()
-                config = _read_config(label, attached.host)
+                config = read_config(label, attached.host)
                 config.inference_mode = not is_trainable
             if adapter_state_dict is None:
                 source = files.weights(reading.prefer_bin)
         if peft_config is not None:
-            config = _as_config(peft_config, "peft_config", attached.host)
+            config = as_config(peft_config, "peft_config", attached.host)
         if not isinstance(source, str):
-            source = _read_weights(source)
+            source = read_weights(source)
         source = generation.weights(self, source, name, config, reading.conversions)
         if key_mapping or not isinstance(source, str):
-            source = _renamed(_read_weights(source), key_mapping, attached.host)
+            source = renamed(read_weights(source), key_mapping, attached.host)
 
         places = None
         said = device_map != "auto" or max_memory is not None or offload_folder is not None
@@ -383,7 +282,7 @@ class PeftAdapterMixin:
             NotImplementedError: a combination that peftc has no code for, by name.
         """
         name = self._new_name(adapter_name)
-        if not _is_config(adapter_config):
+        if not is_config(adapter_config):
             raise TypeError(f"adapter_config should be an instance of PeftConfig. Got {type(adapter_config)} instead.")
         self._attach(self._attachment(), name, adapter_config, "config", None)
 
@@ -406,17 +305,17 @@ class PeftAdapterMixin:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         return name
 
-    def _attachment(self) -> _Attachment:
+    def _attachment(self) -> Attachment:
         """The model's attachment; made when first asked for."""
         attached = self._peftc_attachment
         if attached is None:
             # One of several threads wins: setdefault of a dict is atomic.
-            attached = self.__dict__.setdefault("_peftc_attachment", _Attachment(self))
+            attached = self.__dict__.setdefault("_peftc_attachment", Attachment(self))
         attached.host.serve(attached.registry, self)
         return attached
 
     def _attach(
-        self, attached: _Attachment, name: str, config: Any, label: str, source: Any
+        self, attached: Attachment, name: str, config: Any, label: str, source: Any
     ) -> tuple[list[str], list[str]]:
         """Make adapter `name` from `config`, fresh (source None) or filled from source, and activate it.
 
@@ -438,7 +337,7 @@ class PeftAdapterMixin:
             try:
                 if not adding and self._prepare_peft_hotswap_kwargs:
                     host.make_room(registry, name, self._prepare_peft_hotswap_kwargs["target_rank"])
-                kept = [] if adding else _stay_active(registry, name)
+                kept = [] if adding else stay_active(registry, name)
                 registry.activate([*kept, name])
             except BaseException:
                 registry.remove(name)
@@ -462,7 +361,7 @@ class PeftAdapterMixin:
         return missing, unexpected
 
     def _swap(
-        self, attached: _Attachment, name: str, config: Any, label: str, source: Any
+        self, attached: Attachment, name: str, config: Any, label: str, source: Any
     ) -> tuple[list[str], list[str]]:
         """Give adapter `name` the weights from source and the config; returns keys as `_attach` does."""
         with attached.lock:
@@ -568,7 +467,7 @@ class PeftAdapterMixin:
         )
         return self.active_adapters()[0]
 
-    def _attached(self) -> _Attachment:
+    def _attached(self) -> Attachment:
         if not self._hf_peft_config_loaded or self._peftc_attachment is None:
             raise ValueError(_NOT_LOADED)
         attached = self._peftc_attachment
@@ -672,7 +571,7 @@ class PeftAdapterMixin:
         if os.path.isfile(folder):
             raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
         config = self.peft_config[name]
-        _check_config(attached, name, config)
+        check_config(attached, name, config)
         os.makedirs(folder, exist_ok=True)
         from .hub import CONFIG_NAME, SAFETENSORS_NAME
 
@@ -681,7 +580,7 @@ class PeftAdapterMixin:
             attached.host.save({_PREFIX + key: t for key, t in self.get_adapter_state_dict(name).items()}, path)
         else:
             attached.registry.save(name, path, _PREFIX)
-        _write_config(config, os.path.join(folder, CONFIG_NAME))
+        write_config(config, os.path.join(folder, CONFIG_NAME))
 
     def delete_adapter(self, adapter_names: Union[list[str], str]) -> None:
         """Delete adapters and free their memory.
@@ -796,7 +695,7 @@ class PeftAdapterMixin:
         allocator.set_state(state)
         self.peft_config[name].rank_pattern = allocator.pattern(with_adapter=True)
 
-    def _allocator(self, attached: _Attachment) -> tuple[str, Any]:
+    def _allocator(self, attached: Attachment) -> tuple[str, Any]:
         """The AdaLora adapter in training and its allocator, which is made when first asked for."""
         from ._adalora import RankAllocator, trained_adapter
 
@@ -860,133 +759,6 @@ def _own_part(given: Any, tensor: Any) -> Any:
 def _warn_unmerged(merged: list[str], why: str, stacklevel: int) -> None:
     """Merged weights stand for what was active when they were made: the core takes them back when that changes."""
     warnings.warn(f"{', '.join(merged)} was merged and is unmerged now, as {why}", stacklevel=stacklevel)
-
-
-# ------------------------------------------------------------------- configs
-
-
-def _config_types() -> tuple[type, ...]:
-    """Our PeftConfig, and PEFT's if something has imported peft."""
-    import sys
-
-    from .config import PeftConfig
-
-    theirs = getattr(sys.modules.get("peft"), "PeftConfig", None)
-    return (PeftConfig, theirs) if theirs is not None else (PeftConfig,)
-
-
-def _is_config(value: Any) -> bool:
-    return isinstance(value, _config_types())
-
-
-def _as_config(value: Any, argument: str, host: Any) -> Any:
-    """A config as it is, or made from a dict of its fields."""
-    if _is_config(value):
-        return value
-    if isinstance(value, dict):
-        from .config import PeftConfig
-
-        if value.get("peft_type") is None:
-            raise ValueError(f'{argument} is a dict without "peft_type", which says what method it configures')
-        try:
-            return PeftConfig.from_peft_type(**value)
-        except NotImplementedError as refused:
-            return host.config_elsewhere(refused, None, value)
-    raise TypeError(
-        f"{argument} should be an instance of PeftConfig or a dict of its fields. Got {type(value)} instead."
-    )
-
-
-def _read_config(path: str, host: Any) -> Any:
-    from .config import PeftConfig
-
-    folder = os.path.dirname(path)
-    try:
-        return PeftConfig.from_pretrained(folder)
-    except NotImplementedError as refused:
-        return host.config_elsewhere(refused, folder, None)
-
-
-def _as_json(config: Any, settled: dict[str, Any]) -> str:
-    """The config with `settled` filled in, as the core reads it. The config itself is not changed."""
-    from copy import copy
-
-    from .config import as_peftc_json
-
-    config = copy(config)
-    for field, value in settled.items():
-        setattr(config, field, value)
-    return as_peftc_json(config)
-
-
-def _check_config(attached: _Attachment, name: str, config: Any) -> None:
-    """Refuse a config that no longer is that of the adapter `name`."""
-    import json
-
-    made = attached.made_from.get(name)
-    if made is None:
-        return
-    before, now = json.loads(made), json.loads(_as_json(config, {}))
-    allocator = attached.allocators.get(name)
-    if allocator is not None and allocator.masks is not None:
-        from ._adalora import masks_of
-
-        before["rank_pattern"], now["rank_pattern"] = allocator.masks, masks_of(config, name)
-    _prepare.check_unchanged(name, before, now)
-
-
-def _write_config(config: Any, path: str) -> None:
-    """adapter_config.json as PEFT's `save_pretrained` writes it, atomically."""
-    from .config import to_file_text
-
-    _core.config_write(path, to_file_text({**config.to_dict(), "inference_mode": True}))
-
-
-# ------------------------------------------------------------------- weights
-
-
-def _read_weights(source: Any) -> dict[str, Any]:
-    """All tensors of a weights file, or a caller's mapping as a dict."""
-    if isinstance(source, str):
-        from .weights import load_adapter_weights
-
-        return load_adapter_weights(source)
-    try:
-        return dict(source)
-    except (TypeError, ValueError):
-        raise TypeError(f"adapter_state_dict should be a dict of name -> array. Got {type(source)} instead.") from None
-
-
-def _renamed(tensors: dict[str, Any], key_mapping: Optional[dict[str, str]], host: Any) -> dict[str, Any]:
-    """Tensors under the names of this model: without PEFT's prefix, and after key_mapping."""
-    result = {}
-    for key, value in tensors.items():
-        if not isinstance(key, str):
-            raise TypeError(f"adapter_state_dict has a key that is no str: {key!r}")
-        result[_new_key(key, key_mapping)] = host.as_array(value)
-    return result
-
-
-def _new_key(key: str, key_mapping: Optional[dict[str, str]]) -> str:
-    """A tensor's name without PEFT's prefix and after the first pattern that matches."""
-    name = key.removeprefix(_PREFIX)
-    for pattern, replacement in (key_mapping or {}).items():
-        name, count = re.subn(pattern, replacement, name)
-        if count:
-            break
-    return name
-
-
-def _stay_active(registry: AdapterRegistry, new: str) -> list[str]:
-    """The active adapters that a newly loaded one leaves active: those of the other family, unless both replace the
-    same module."""
-    family = _prepare.family(registry.peft_type(new))
-    replaced = set(registry.saved_modules(new))
-    return [
-        name
-        for name in registry.active()
-        if _prepare.family(registry.peft_type(name)) != family and replaced.isdisjoint(registry.saved_modules(name))
-    ]
 
 
 def _names_in_model(

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from .. import _prepare
-from ..mixin import MadeAdapter, _Attachment, _is_config, _stay_active, make_adapter
+from .._attachment import Attachment, MadeAdapter, make_adapter, stay_active
+from .._sources import is_config
 from .torch_peft import as_pefts
 from .torch_registry import join_peft
 
 
-def attachment(model: Any) -> _Attachment:
+def attachment(model: Any) -> Attachment:
     """The model's registry with its host and lock; made when first asked for.
 
     Raises:
@@ -23,7 +24,7 @@ def attachment(model: Any) -> _Attachment:
         raise TypeError(f"a torch.nn.Module is needed, got {type(model).__name__}")
     found: Any = model.__dict__.get("_peftc_attachment")
     if found is None:
-        found = model.__dict__.setdefault("_peftc_attachment", _Attachment(model))
+        found = model.__dict__.setdefault("_peftc_attachment", Attachment(model))
     found.host.serve(found.registry, model)
     return found  # type: ignore[no-any-return]  # from a module's __dict__
 
@@ -76,7 +77,7 @@ def put(
         made = make_adapter(attached, model, name, config, configs, label, source, targets=targets)
         if activate:
             try:
-                kept = _stay_active(registry, name)
+                kept = stay_active(registry, name)
                 registry.activate([*kept, name])
             except BaseException:
                 registry.remove(name)
@@ -111,7 +112,7 @@ def new_name(adapter_name: Any, config: Any) -> str:
 
 def check_config(config: Any) -> None:
     """Refuse what is no config. Raises TypeError."""
-    if not _is_config(config):
+    if not is_config(config):
         raise TypeError(f"peft_config should be an instance of PeftConfig. Got {type(config)} instead.")
 
 

@@ -6,9 +6,9 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .. import _prepare
+from .._sources import new_key, read_weights, renamed
 from ..config import PeftConfig
 from ..hub import DOWNLOAD_ARGUMENTS, AdapterFiles
-from ..mixin import _new_key, _read_weights, _renamed
 from . import torch_files
 from .torch_inject import attachment, prefix_of
 from .torch_state import PREFIX
@@ -31,7 +31,7 @@ def read(path: str, key_mapping: dict[str, str] | None) -> dict[str, Any]:
     """All tensors of a file under this model's names."""
     tensors = torch_files.read(path, torch_files.names_in(path))
     if key_mapping:
-        tensors = {PREFIX + _new_key(key, key_mapping): value for key, value in tensors.items()}
+        tensors = {PREFIX + new_key(key, key_mapping): value for key, value in tensors.items()}
     return tensors
 
 
@@ -42,7 +42,7 @@ def load_new(model: Any, name: str, config: Any, label: str, path: str, key_mapp
     """
     source: Any = path
     if key_mapping:
-        source = _renamed(_read_weights(path), key_mapping, attachment(model.base_model.model).host)
+        source = renamed(read_weights(path), key_mapping, attachment(model.base_model.model).host)
     model._with_heads(config)
     made = model.base_model.add(name, config, source=source, label=label)
     registry = attachment(model.base_model.model).registry

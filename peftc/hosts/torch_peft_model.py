@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import _prepare
-from ..mixin import _is_config, _read_config
+from .._sources import is_config, read_config
 from . import torch_card, torch_peft_save
 from .torch_imports import when_imported
 from .torch_inject import attachment, check_config, has_adapters, new_name, prefix_of
@@ -333,7 +333,7 @@ class PeftModel(nn.Module):
             ]
         else:
             label = files.config()
-            config = _read_config(label, attachment(self.base_model.model).host)
+            config = read_config(label, attachment(self.base_model.model).host)
             config.inference_mode = not is_trainable
             new_name(adapter_name, config)
             self._check_method(config)
@@ -372,7 +372,7 @@ class PeftModel(nn.Module):
             A `PeftModel`, or its subclass for the config's task_type. Where peftc has no code for the adapter and peft is
             installed, what PEFT's class returns.
         """
-        if config is not None and not _is_config(config):
+        if config is not None and not is_config(config):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
         files, _ = files_of(model_id, kwargs)
         if key_mapping is None:
@@ -390,7 +390,7 @@ class PeftModel(nn.Module):
                     low_cpu_mem_usage, key_mapping, **kwargs,
                 )  # fmt: skip
         if config is None:
-            config = _read_config(label, attachment(model).host)
+            config = read_config(label, attachment(model).host)
         config.inference_mode = not is_trainable
         name, weights = new_name(adapter_name, config), files.weights()
         made: Self = cls.__new__(TASKS.get(_task(config), cls))  # type: ignore[arg-type]  # a subclass of PeftModel

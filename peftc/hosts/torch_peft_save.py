@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from .. import _core, _prepare
+from .._attachment import check_config
 from ..config import to_file_text
 from ..hub import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, AdapterFiles
-from ..mixin import _check_config
 from . import torch_files
 from .torch_inject import attachment
 from .torch_save import save_file
@@ -84,7 +84,7 @@ def _check(attached: Any, name: str, config: Any) -> None:
     if getattr(config, "init_lora_weights", None) is True:
         config = copy.copy(config)
         config.init_lora_weights = json.loads(attached.made_from[name])["init_lora_weights"]
-    _check_config(attached, name, config)
+    check_config(attached, name, config)
 
 
 def _save_bin(state: dict[str, torch.Tensor], path: str) -> None:

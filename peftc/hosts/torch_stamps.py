@@ -86,7 +86,7 @@ def containers(kind: type[nn.Module], training: Iterable[bool]) -> list[Any]:
 
 def linears(parameters: list[nn.Parameter], training: list[bool]) -> list[Any]:
     """A Linear without bias over each parameter (out, in)."""
-    templates = [_linear(*p.shape, mode) for p, mode in zip(parameters, training, strict=True)]
+    templates = [_linear(p.shape, mode) for p, mode in zip(parameters, training, strict=True)]
     made = _core.modules_like(templates)
     _core.put_items(made, ("_parameters",), "weight", parameters)
     return made
@@ -94,22 +94,24 @@ def linears(parameters: list[nn.Parameter], training: list[bool]) -> list[Any]:
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> Any:
     """A Linear over a weight (out, in) and a bias (out,)."""
-    made = _core.module_like(_linear(*weight.shape, training))
+    made = _core.module_like(_linear(weight.shape, training))
     made._parameters.update(weight=weight, bias=bias)
     return made
 
 
-def _linear(rows: int, columns: int, training: bool) -> nn.Module:
-    key = (rows, columns, training)
-    return _TEMPLATES.get(key) or template(key, lambda: Linear(columns, rows, bias=False).train(training))
+def _linear(shape: tuple[int, ...], training: bool) -> nn.Module:
+    key = (shape, training)
+    return _TEMPLATES.get(key) or template(key, lambda: Linear(shape[1], shape[0], bias=False).train(training))
 
 
 def module_dict() -> nn.ModuleDict:
-    return stamp((ModuleDict, True), ModuleDict)
+    made: nn.ModuleDict = stamp((ModuleDict, True), ModuleDict)
+    return made
 
 
 def parameter_dict() -> nn.ParameterDict:
-    return stamp((ParameterDict, True), ParameterDict)
+    made: nn.ParameterDict = stamp((ParameterDict, True), ParameterDict)
+    return made
 
 
 def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Parameter) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from .. import _prepare
-from ..mixin import PeftAdapterMixin, _Attachment
+from .._attachment import Attachment
+from ..mixin import PeftAdapterMixin
 from . import torch_mixed
 from .torch_inject import attachment, put
 from .torch_registry import TorchRegistry
@@ -308,7 +309,7 @@ class AdaLoraModel(LoraModel):
     load_adalora_state_dict = PeftAdapterMixin.load_adalora_state_dict
     _allocator = PeftAdapterMixin._allocator
 
-    def _attached(self) -> _Attachment:
+    def _attached(self) -> Attachment:
         return attachment(self.model)
 
     @property

@@ -71,15 +71,15 @@ def on_disk(model):
 
 ELSEWHERE = {**HALF, "transformer.h.0": "disk", "transformer.h.1": "cpu"}
 CASES = {
-    "as it was": (dict(device_map=HALF), ["1", "2"]),
-    "left alone": (dict(device_map=None), ["1", "2"]),
+    "as it was": ({"device_map": HALF}, ["1", "2"]),
+    "left alone": ({"device_map": None}, ["1", "2"]),
     "auto": ({}, ["1", "2"] if V5 else []),  # Transformers 5 leaves models where they are
-    "auto within a limit": (dict(max_memory={"cpu": "30KB"}, offload_folder="second"), None),
-    "sequential": (dict(device_map="sequential", max_memory={"cpu": 30_000}, offload_folder="second"), None),
-    "one goes, one comes": (dict(device_map=ELSEWHERE, offload_folder="second"), ["0", "2"]),
-    "all in memory": (dict(device_map={"": "cpu"}), []),
-    "a device": (dict(device_map=torch.device("cpu")), []),
-    "everything on disk": (dict(device_map=dict.fromkeys(HALF, "disk"), offload_folder="second"), ["0", "1", "2"]),
+    "auto within a limit": ({"max_memory": {"cpu": "30KB"}, "offload_folder": "second"}, None),
+    "sequential": ({"device_map": "sequential", "max_memory": {"cpu": 30_000}, "offload_folder": "second"}, None),
+    "one goes, one comes": ({"device_map": ELSEWHERE, "offload_folder": "second"}, ["0", "2"]),
+    "all in memory": ({"device_map": {"": "cpu"}}, []),
+    "a device": ({"device_map": torch.device("cpu")}, []),
+    "everything on disk": ({"device_map": dict.fromkeys(HALF, "disk"), "offload_folder": "second"}, ["0", "1", "2"]),
 }
 
 
