@@ -256,6 +256,7 @@ HARMLESS = {
     "invalid literal for int()": "the content of such an entry",
     "pickle data was truncated": "the length of a frame, which is only a hint",
     "FRAME length": "the length of a frame, which is only a hint",
+    "not found in deserialized_objects": "a storage that is listed and that no tensor uses",
 }
 # What peftc refuses though torch takes it, by the words of the refusal: docs/torch-bin.md has the rules.
 STRICTER = {
@@ -310,6 +311,12 @@ def theirs(data: bytes):
         return f"{type(error).__name__}: {error}"
 
 
+def hint_differs(whole: bytes, data: bytes) -> bool:
+    """Was the length of a frame changed? torch reads so far ahead, and what follows from the wrong place."""
+    hints = [i + k for i, byte in enumerate(whole) if byte == pickle.FRAME[0] for k in range(1, 9)]
+    return len(whole) == len(data) and any(whole[i] != data[i] for i in hints if i < len(whole))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("as_zip", [True, False])
@@ -332,7 +339,8 @@ def test_damaged_files_against_torch(protocol, as_zip):
             want = theirs(data)
             if isinstance(want, str):
                 outcomes["neither" if got is None else "ours"] += 1
-                if got is not None and not any(reason in want for reason in HARMLESS):
+                explained = any(reason in want for reason in HARMLESS) or hint_differs(whole, data)
+                if got is not None and not explained:
                     unexplained.append(want[-300:])
             elif got is None:
                 outcomes["theirs"] += 1

@@ -42,7 +42,7 @@ OUR_CONFIGS = {
 }
 DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 #: Relative. In half precision two ways to round are this far apart; test_gradients.py measures both from the exact value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 0.12}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 3e-2, torch.bfloat16: 0.12}
 #: Texts of our own (docs/differences.md), where PEFT's guesses, or does not name the culprit: patterns of how each begins.
 OWN_TEXTS = [
     # with other adapters around PEFT says that the targets may be excluded, or may be heads

@@ -438,6 +438,7 @@ def test_dispatch_model(places, tmp_path):
             "embed": "cpu",
             "blocks.layers.0": places,
             "blocks.layers.1": "cpu",
+            "extra": "cpu",
             "head": "cpu",
             "to_vocab": places,
         }
@@ -546,6 +547,7 @@ def test_checkpointing(reentrant):
             x = model.embed(ids).requires_grad_()
             for layer in model.blocks.layers:
                 x = checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+            x = x + torch.tanh(model.extra(x))
             return model.head(x), model.to_vocab(x)
 
         again = gradients(model, forward=forward)

@@ -419,7 +419,8 @@ def test_two_processes_of_accelerate_give_the_weights_of_one(tmp_path):
             assert process.exitcode == 0
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for name, value in two.items():
-        torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-6)
+        # Halves of a batch are summed in another order: rounding of float32, beside the largest weight.
+        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-4 * float(one[name].abs().max()))
     start = trained(adapted(True))
     assert max((value - start[name]).abs().max() for name, value in two.items()) > 1e-3
 
