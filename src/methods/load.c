@@ -258,6 +258,8 @@ static pc_status read_converted(loader *l, pc_error *err)
 
 /* Memory to read into is made ready in steps of this size. */
 #define POPULATE_BYTES ((size_t)1 << 20)
+/* From here on the pages are huge ones, which are better made just before they are filled: they are in the cache then. */
+#define POPULATE_MOST ((size_t)64 << 20)
 
 static void populate(void *ctx, int64_t begin, int64_t end)
 {
@@ -275,10 +277,9 @@ static pc_status read_tensors(loader *l, pc_error *err)
         bytes += goes_straight(l, i) ? l->source->tensors[i].nbytes : 0;
     straight s = {.l = l, .status = PC_OK, .recorded = ATOMIC_FLAG_INIT, .err = err};
     bool shared = l->source->concurrent && bytes >= SHARED_READ_BYTES;
-    if (bytes >= SHARED_READ_BYTES) {
-        pc_arena *arena = l->adapter->arena;
+    pc_arena *arena = l->adapter->arena;
+    if (bytes >= SHARED_READ_BYTES && pc_arena_size(arena) < POPULATE_MOST)
         pc_parallel_for(l->rt, (int64_t)((pc_arena_size(arena) + POPULATE_BYTES - 1) / POPULATE_BYTES), 1, populate, arena);
-    }
     pc_parallel_for(shared ? l->rt : NULL, (int64_t)l->source->count, 1, read_straight, &s);
     return s.status == PC_OK ? read_converted(l, err) : s.status;
 }
