@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,19 @@ _NEEDS_TORCH = re.compile(
 if build_info()["sanitized"]:
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if _NEEDS_TORCH.search(path.read_text())]
     collect_ignore += ["test_build.py", "test_import.py", "torch"]
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test, or a library it calls, sets in the environment ends with the test: a Trainer, for one, sets variables
+    that change the arithmetic of processes started later."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() | before.keys():  # one by one: threads of C libraries may be reading the others
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")

@@ -385,13 +385,14 @@ def _in_process(rank, world, port, folder):
     torch.set_num_threads(1)
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    # said in full: a Trainer with bf16 leaves ACCELERATE_MIXED_PRECISION behind in the environment of its process
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
     assert accelerator.num_processes == world
     model = adapted(True)
     rows = 4 // world
     loader = torch.utils.data.DataLoader(Rows(), batch_size=rows, shuffle=False)
     # SGD: Adam divides by the size of a gradient, and so turns the rounding of small ones into steps of full size
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for batch in loader:
         loss = model(**batch).loss
@@ -429,7 +430,7 @@ def test_two_processes_of_accelerate_give_the_weights_of_one(tmp_path):
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for name, value in two.items():
         # Halves of a batch are summed in another order: rounding of float32, beside the largest weight.
-        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-4 * float(one[name].abs().max()))
+        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-5 * float(one[name].abs().max()))
     start = trained(adapted(True))
     assert max((value - start[name]).abs().max() for name, value in two.items()) > 1e-3
 
