@@ -193,8 +193,10 @@ class PeftAdapterMixin:
         if generation.argument_decides:
             config.inference_mode = not is_trainable
         try:
-            attach = self._swap if swap else self._attach
-            missing, unexpected = attach(attached, name, config, label, source)
+            if swap:
+                missing, unexpected = self._swap(attached, name, config, label, source)
+            else:
+                missing, unexpected = self._attach(attached, name, config, label, source, places)
         except BaseException:
             config.inference_mode = mode
             raise
@@ -202,8 +204,6 @@ class PeftAdapterMixin:
         report = generation.report(self, origin, missing, unexpected)
         if config.inference_mode:
             attached.host.to_eval(self)
-        if places is not None:
-            attached.host.carry_out(self, places)
         return report  # type: ignore[no-any-return]
 
     def hotswap(
@@ -315,9 +315,11 @@ class PeftAdapterMixin:
         return attached
 
     def _attach(
-        self, attached: Attachment, name: str, config: Any, label: str, source: Any
+        self, attached: Attachment, name: str, config: Any, label: str, source: Any, places: Any = None
     ) -> tuple[list[str], list[str]]:
         """Make adapter `name` from `config`, fresh (source None) or filled from source, and activate it.
+
+        places: where to put the model's parts anew (`Host.plan_places`), if it has no adapter yet.
 
         Returns the state-dict keys that were missing and those that were not wanted."""
         with attached.lock:
@@ -329,6 +331,7 @@ class PeftAdapterMixin:
             flags = None
             if not adding and others and not config.inference_mode and host.generation(self).loads_keep_flags:
                 flags = host.flags(registry)
+            base_flags = host.flags(registry) if places is not None else None
             made = make_adapter(attached, self, name, config, others, label, source, trainable=True if adding else None)
             config, settled, text, missing, unexpected = made
             if adding:
@@ -338,9 +341,13 @@ class PeftAdapterMixin:
                 if not adding and self._prepare_peft_hotswap_kwargs:
                     host.make_room(registry, name, self._prepare_peft_hotswap_kwargs["target_rank"])
                 kept = [] if adding else stay_active(registry, name)
+                if places is not None:
+                    host.carry_out(self, places)  # before: the adapter's own biases are for tensors that are there then
                 registry.activate([*kept, name])
             except BaseException:
                 registry.remove(name)
+                if base_flags is not None:
+                    base_flags()
                 raise
             # From here on nothing fails: the adapter is in.
             for field, value in settled.items():

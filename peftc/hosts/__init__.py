@@ -104,7 +104,7 @@ class Host(Protocol):
         None: where they are. Raises ValueError where the arguments cannot be followed; nothing is changed."""
 
     def carry_out(self, model: Any, plan: Any) -> None:
-        """Do what `plan_places` planned."""
+        """Do what `plan_places` planned, or raise and leave everything where it is."""
 
     def to_eval(self, model: Any) -> None:
         """model.eval(), at a cost that does not grow with the number of adapters."""

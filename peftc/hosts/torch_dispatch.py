@@ -3,12 +3,13 @@
 Transformers' mixin does so with `dispatch_model`, which cannot read weights that are on disk already, and would send the
 adapter there with the layers around it.  Here accelerate sees the model without adapters: what is on disk and stays there
 is read from where it is, what comes back is read once, and adapters stay in memory, on the device that their layer
-computes on.
+computes on.  Where that fails, on a full disk for one, the model is as it was.
 """
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +33,18 @@ def plan(model: Any, device_map: Any, max_memory: Any, folder: Any, index: Any) 
     Args:
         device_map: "auto", "balanced", "balanced_low_0" or "sequential": accelerate's choice within max_memory; a device, or
             a dict of module's name → device: this; None: leave everything where it is.
+        index: of what is on disk already, tensor's name → {"safetensors_file": path, "weight_name": its name there, "dtype":
+            its dtype in the model}, or {"dtype": …, "shape": …} for a file NAME.dat in the folder.
 
     Raises:
-        ValueError: something is to go to disk, and there is no folder for it.
+        TypeError: an index that is no mapping.
+        ValueError: something is to go to disk, and there is no folder for it; the index names a file that is not there.
     """
     now = getattr(model, "hf_device_map", None)
     if now is None or device_map is None or not {"cpu", "disk"} & {str(device) for device in now.values()}:
         return None
+    if not isinstance(index or {}, Mapping):
+        raise TypeError(f"offload_index is a dict of tensor's name → where it is on disk; got {index!r}")
     with taken_out(model):
         if isinstance(device_map, str):
             device_map = _choose(model, device_map, max_memory)
@@ -46,13 +52,34 @@ def plan(model: Any, device_map: Any, max_memory: Any, folder: Any, index: Any) 
             device_map = {"": device_map}
         found = Plan(dict(device_map), folder, dict(index or {}))
         stored = _stored(model)
-        for name, tensor in model.named_parameters():
-            if _place(found, name) == "disk" and name not in stored and name not in found.stored and folder is None:
+        to_disk = {name: tensor for name, tensor in model.named_parameters() if _place(found, name) == "disk"}
+        for name in to_disk.keys() & found.stored.keys():
+            _check_entry(name, found.stored[name], folder)
+        for name, tensor in to_disk.items():
+            if name not in stored and name not in found.stored and folder is None:
                 raise ValueError(
                     f"device_map sends {name} ({list(tensor.shape)}) to disk: pass offload_folder, a folder to write it to, "
                     'or keep it in memory (device_map=None leaves everything where it is, max_memory={"cpu": …} allows more)'
                 )
     return found
+
+
+def _check_entry(name: str, entry: Any, folder: Any) -> None:
+    """Raise ValueError unless an entry of offload_index leads to a file."""
+    if not isinstance(entry, Mapping) or not ("safetensors_file" in entry or {"dtype", "shape"} <= set(entry)):
+        raise ValueError(
+            f"offload_index[{name!r}] is {entry!r}; it should be a dict with safetensors_file, or with dtype and shape"
+        )
+    path = entry.get("safetensors_file")
+    if path is None:
+        if folder is None:
+            raise ValueError(f"offload_index has {name} in {name}.dat: pass offload_folder, the folder that it is in")
+        path = os.path.join(folder, f"{name}.dat")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"offload_index has {name} in {path}, which is not there: leave {name} out of offload_index, and it is written "
+            "to offload_folder"
+        )
 
 
 def _choose(model: Any, strategy: str, max_memory: Any) -> dict[str, Any]:
@@ -67,48 +94,119 @@ def _choose(model: Any, strategy: str, max_memory: Any) -> dict[str, Any]:
 
 
 def carry_out(model: Any, plan: Plan) -> None:
-    """Put the model's parts where the plan says, and adapters where their layers compute."""
+    """Put the model's parts where the plan says, and adapters where their layers compute.
+
+    Raises:
+        OSError: what goes to disk cannot be written there, or what comes back not be read.
+
+    The model is as it was then, adapters apart, and so is the disk.
+    """
+    with taken_out(model):
+        put_back = _snapshot(model)
+    files: list[str] = []
+    try:
+        with taken_out(model):
+            _move(model, plan, files)
+        _follow(model)
+    except BaseException:
+        with taken_out(model):
+            put_back()
+        for file in files:
+            with contextlib.suppress(OSError):
+                os.remove(file)
+        raise
+
+
+def _move(model: Any, plan: Plan, files: list[str]) -> None:
+    """`carry_out` on the tree without adapters; the files that it makes are listed as they come to be."""
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_module
-    from accelerate.utils import offload_weight
 
-    with taken_out(model):
-        stored = _stored(model)
-        for module in model.modules():
-            for hook in _hooks(module):
-                if getattr(hook, "offload", False):
-                    hook.original_devices = {}  # nothing is read before it is known where to
-            remove_hook_from_module(module)
-        for name in ("to", "cuda"):  # accelerate's, which warn
-            model.__dict__.pop(name, None)
-        index = dict(plan.stored)
-        elsewhere = {str(device) for device in plan.device_map.values()} - {"cpu", "disk"}
-        kept: dict[str, Any] = {}  # what hooks fetch: on disk, or in memory beside another device
-        for names, parent, key, tensor in _tensors(model):
-            target = _place(plan, names[0])
-            if tensor.device.type == "meta" and target != "disk":
-                source = next((name for name in names if name in stored), None)
-                if source is None:
-                    continue  # nobody has it
-                _replace(model, names, parent, key, stored[source])
-            for name in names:
-                if target == "disk" and name not in index:
-                    if tensor.device.type != "meta":
-                        os.makedirs(plan.folder, exist_ok=True)
-                        offload_weight(tensor.detach(), name, str(plan.folder), index)
-                    elif name in stored:
-                        kept[name] = None
-                elif target == "cpu" and elsewhere:
-                    kept[name] = parent._parameters.get(key, parent._buffers.get(key)).detach()
-        dispatch_model(
-            model,
-            device_map=plan.device_map,
-            state_dict=_Weights(kept, stored),  # any mapping does
-            offload_dir=plan.folder,
-            offload_index=index,
-            skip_keys=getattr(model, "_skip_keys_device_placement", None),
-        )
-    _follow(model)
+    stored = _stored(model)
+    for module in model.modules():
+        for hook in _hooks(module):
+            if getattr(hook, "offload", False):
+                hook.original_devices = {}  # nothing is read before it is known where to
+        remove_hook_from_module(module)
+    for name in ("to", "cuda"):  # accelerate's, which warn
+        model.__dict__.pop(name, None)
+    index = dict(plan.stored)
+    elsewhere = {str(device) for device in plan.device_map.values()} - {"cpu", "disk"}
+    kept: dict[str, Any] = {}  # what hooks fetch: on disk, or in memory beside another device
+    for names, parent, key, tensor in _tensors(model):
+        target = _place(plan, names[0])
+        if tensor.device.type == "meta" and target != "disk":
+            source = next((name for name in names if name in stored), None)
+            if source is None:
+                continue  # nobody has it
+            _replace(model, names, parent, key, stored[source])
+        for name in names:
+            if target == "disk" and name not in index:
+                if tensor.device.type != "meta":
+                    index[name] = _write(tensor.detach(), name, str(plan.folder), files)
+                elif name in stored:
+                    kept[name] = None
+            elif target == "cpu" and elsewhere:
+                kept[name] = parent._parameters.get(key, parent._buffers.get(key)).detach()
+    dispatch_model(
+        model,
+        device_map=plan.device_map,
+        state_dict=_Weights(kept, stored),  # any mapping does
+        offload_dir=plan.folder,
+        offload_index=index,
+        skip_keys=getattr(model, "_skip_keys_device_placement", None),
+    )
+
+
+def _write(tensor: torch.Tensor, name: str, folder: str, files: list[str]) -> dict[str, Any]:
+    """Write a tensor where accelerate looks for it; returns what its index has of it.
+
+    By itself accelerate maps a file without contents and fills that: on a full disk this is the end of the process (SIGBUS).
+    """
+    path = os.path.join(folder, f"{name}.dat")
+    partial = f"{path}.partial"
+    values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        files.append(partial)
+        with open(partial, "wb") as file:
+            file.write(values if len(values) else b"\0")  # an empty file cannot be mapped
+        if not os.path.exists(path):
+            files.append(path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {name} ({len(values)} bytes) could not be written to disk, and nothing was moved; pass an "
+            "offload_folder with more room, or keep more in memory (device_map, max_memory)",
+            path,
+        ) from error
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the modules of a tree without adapters back into the state of now: tensors, hooks, methods."""
+    objects: dict[int, Any] = {}
+    dicts: dict[int, dict[Any, Any]] = {}
+    for module in model.modules():
+        for one in (module, *_hooks(module), getattr(module, "_hf_hook", None)):
+            if one is not None:
+                objects[id(one)] = one
+                dicts[id(one.__dict__)] = one.__dict__
+        for held in (module._parameters, module._buffers):
+            dicts[id(held)] = held
+    contents = [(one, dict(one)) for one in dicts.values()]
+    values = [(t, t.data) for tensors in (model.parameters(), model.buffers()) for t in tensors]
+
+    def put_back() -> None:
+        for one, content in contents:
+            one.clear()
+            one.update(content)
+        for tensor, data in values:
+            if tensor.device != data.device or tensor.data_ptr() != data.data_ptr():  # moved as it is, by `model.to`
+                tensor.data = data
+
+    return put_back
 
 
 def check_in_memory(path: str, module: nn.Module, why: str) -> None:

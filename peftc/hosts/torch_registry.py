@@ -277,6 +277,7 @@ class TorchRegistry:
                 for root in inside:  # what is inside an adapted layer is called so, too
                     if path.startswith(f"{root}."):
                         key = f"{root}.base_layer{key.removeprefix(root)}"
+                torch_dispatch.check_in_memory(path, module, f"bias={bias!r} trains the biases there")
                 rows.append((key, module, field, parameter.detach().clone()))
         return rows
 
@@ -332,6 +333,7 @@ class TorchRegistry:
     def _adopt(self, adapter: Adapter, module: nn.Module, field: str, values: torch.Tensor, name: str) -> None:
         """Base weights that came with an adapter: they stand in for the base's while it is active."""
         own = self._own_values(module, field)
+        torch_dispatch.check_in_memory(name, module, "the adapter's file has its own in their place")
         if values.shape != own.shape:
             raise ValueError(
                 f"size mismatch for {name}: the file has shape {list(values.shape)}, the model needs {list(own.shape)}; "
