@@ -52,7 +52,9 @@ class AdaLoraLayer(LoraLayer):
         delta = self.lora_B[adapter] @ (self.lora_A[adapter] * self.lora_E[adapter])
         return (delta.T if self.fan_in_fan_out else delta) * self._scale(adapter)
 
-    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+    def merge_into(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, plain: torch.Tensor
+    ) -> tuple[Any, Any]:
         return weight + self.get_delta_weight(name), bias
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -48,8 +48,10 @@ class OutProjection(Linear):
     def _get_name(self) -> str:
         return "Linear"
 
-    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
-        return super().merge_into(name, weight + self.get_delta_weight(name), bias)
+    def merge_into(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, plain: torch.Tensor
+    ) -> tuple[Any, Any]:
+        return super().merge_into(name, weight + self.get_delta_weight(name), bias, plain)
 
 
 class MultiheadAttention(LoraLayer):

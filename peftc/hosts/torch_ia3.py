@@ -56,7 +56,9 @@ class IA3Layer(AdaptedLayer):
             result = (result * vector).to(dtype)
         return result
 
-    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+    def merge_into(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, plain: torch.Tensor
+    ) -> tuple[Any, Any]:
         """The weight and bias with one adapter folded in; new tensors."""
         vector = self._modules["ia3_l"]._parameters[name]
         if weight.dim() > 2:

@@ -137,8 +137,13 @@ class LoraLayer(AdaptedLayer):
         """DoRA: the length of each output's weights, shaped like the magnitude. weight and product as stored."""
         raise NotImplementedError
 
-    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
-        """The weight and bias with one adapter folded in; new tensors."""
+    def merge_into(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, plain: torch.Tensor
+    ) -> tuple[Any, Any]:
+        """The weight and bias with one adapter folded in; new tensors.
+
+        plain: the weight with no adapter in it, of which DoRA takes the norm, as in a forward pass.
+        """
         scaling = self.scaling[name]
         merged = None if self.use_dora[name] or name in self._initial else self._sum_in_c(name, weight)
         if merged is None:
@@ -146,7 +151,7 @@ class LoraLayer(AdaptedLayer):
             merged = weight + product * scaling
             if self.use_dora[name]:
                 magnitude = self._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-                norm = self._norm(weight, product, scaling)
+                norm = self._norm(plain, product, scaling)
                 merged = self._along_outputs(magnitude / norm) * merged
         if self.lora_bias[name]:
             extra = self._modules["lora_B"]._modules[name].bias * scaling
@@ -316,13 +321,15 @@ class _Convolution(LoraLayer):
     def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
         return scale.transpose(0, 1)
 
-    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+    def merge_into(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, plain: torch.Tensor
+    ) -> tuple[Any, Any]:
         if self.get_base_layer().groups != 1:
             raise NotImplementedError(
                 "merging LoRA into a grouped convolution is not possible: its weight has no place for the product "
                 "of all input channels; keep the adapter unmerged"
             )
-        return super().merge_into(name, weight, bias)
+        return super().merge_into(name, weight, bias, plain)
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]

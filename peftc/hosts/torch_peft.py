@@ -248,14 +248,16 @@ class Part:
             for _, _, memory in before:
                 for parameter, data in memory:
                     parameter.data = data.clone()
-            _core_of(wrapper).merge(safe_merge=safe_merge, adapter_names=[self.name])
+            with torch.no_grad():  # else the graph that PEFT 0.21's OFT leaves behind keeps its parameters for good
+                _core_of(wrapper).merge(safe_merge=safe_merge, adapter_names=[self.name])
 
     def unmerge(self) -> None:
         """Give the base layers what `merge` took, bit for bit."""
         for wrapper, before in reversed(self.originals):
             layer = _core_of(wrapper)
             if layer.merged_adapters:
-                layer.unmerge()
+                with torch.no_grad():
+                    layer.unmerge()
             for module, parameters, memory in before:
                 for name in parameters:
                     module.__dict__.pop(name, None)

@@ -580,7 +580,7 @@ def make(
             return peft.get_peft_model(
                 model, as_pefts(config), adapter_name, mixed, autocast_adapter_dtype, revision, low_cpu_mem_usage
             )
-    name, path = new_name(adapter_name, config), model.__dict__.get("name_or_path", None)
+    name, path = new_name(adapter_name, config), torch_peft_save.name_of(model)
     _warn_before(model, config, path, revision)
     heads = getattr(config, "modules_to_save", None)
     try:

@@ -1,10 +1,12 @@
 """A `PeftModel`'s adapters on disk: the folders and files that PEFT writes, each file atomically."""
 
 import copy
+import functools
 import json
 import os
 import tempfile
 import warnings
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ def save(
         else:
             _save_bin(state, os.path.join(target, BIN_NAME))
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path", None)
+            config.base_model_name_or_path = name_of(base)
         values["base_model_name_or_path"] = config.base_model_name_or_path
         values["inference_mode"] = True
         if config.task_type is None:
@@ -72,6 +74,22 @@ def save(
         if _prepare.method_of(config) == "ADALORA":
             values["rank_pattern"] = copy.deepcopy(config.rank_pattern)
         _core.config_write(os.path.join(target, CONFIG_NAME), to_file_text(values))
+
+
+def name_of(base: Any) -> str | None:
+    """What a config has as its base model's name. "" is what Transformers calls a model that was made from a config."""
+    name: str | None = base.__dict__.get("name_or_path", None)
+    return name if name or _keeps_no_name() else None
+
+
+@functools.cache
+def _keeps_no_name() -> bool:
+    """PEFT 0.17 writes "" into a config, PEFT 0.21 null; peftc writes what the one that is installed would."""
+    try:
+        major, minor, *_ = metadata.version("peft").split(".")
+    except metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) < (0, 21)
 
 
 def _check(attached: Any, name: str, config: Any) -> None:

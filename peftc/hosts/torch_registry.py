@@ -45,8 +45,11 @@ class TorchRegistry:
         self._flagged: set[str] = set()  # adapters whose tensors may require gradients
         #: parameters of embeddings and the base's own values, where an adapter's stand in for them
         self._stood_for: list[tuple[nn.Parameter, torch.Tensor]] = []
-        #: base layers, the names of weight and bias there, and what merging replaced
-        self._originals: list[tuple[Any, tuple[str, str], torch.Tensor, Any]] = []
+        #: base layers, the names of weight and bias there, and what merging replaced; the name of an adapter that PEFT has
+        #: merged. In the order of merging
+        self._originals: list[tuple[Any, tuple[str, str], torch.Tensor, Any] | str] = []
+        #: while something is merged: base layer → its weight with nothing in it
+        self._plain: dict[nn.Module, torch.Tensor] = {}
         self._model: Any = None
 
     @property
@@ -575,15 +578,28 @@ class TorchRegistry:
         wanted = [n for n in (self.active() if names is None else names) if n not in self.switch.merged]
         layers: dict[str, list[tuple[AdaptedLayer, str]]] = {}
         parts = [part for part in map(self.part, wanted) if part is not None]
+        before = list(self._originals)
+        if not self.switch.merged:
+            self._plain = self._weights_under_dora()
         try:
             for part in parts:  # PEFT's layers are the inner ones
+                self._originals.append(part.name)
                 part.merge(safe_merge)
             self._merge_ours(wanted, layers, safe_merge, progressbar)
         except BaseException:
             for part in reversed(parts):
                 part.unmerge()
+            self._originals = before
             raise
         self._update(merged=(*self.switch.merged, *wanted))
+
+    def _weights_under_dora(self) -> dict[nn.Module, torch.Tensor]:
+        return {
+            base: getattr(base, layer.weight_name).detach()
+            for adapter in self._adapters.values()
+            for _, layer in adapter.layers
+            if any(getattr(layer, "use_dora", {}).values()) and (base := layer.get_base_layer()) is not None
+        }
 
     def _merge_ours(
         self, wanted: list[str], layers: dict[str, list[tuple[AdaptedLayer, str]]], safe_merge: bool, progressbar: bool
@@ -601,7 +617,7 @@ class TorchRegistry:
                 weight = old.detach()
                 bias = None if bias is None else bias.detach()
                 for layer, name in uses:
-                    weight, bias = layer.merge_into(name, weight, bias)
+                    weight, bias = layer.merge_into(name, weight, bias, self._plain.get(base, weight))
                     if safe_merge and not torch.isfinite(weight).all():
                         raise ValueError(
                             f"NaNs detected in the merged weights. The adapter {name} seems to be broken (module {path})"
@@ -615,30 +631,36 @@ class TorchRegistry:
                 setattr(base, names[1], nn.Parameter(bias.to(weight.dtype), requires_grad=False))
 
     def unmerge(self) -> None:
-        for base, (weight_name, bias_name), weight, bias in reversed(self._originals):
+        for original in reversed(self._originals):
+            if isinstance(original, str):
+                part = self.part(original)
+                assert part is not None
+                part.unmerge()
+                continue
+            base, (weight_name, bias_name), weight, bias = original
             getattr(base, weight_name).data = weight
             if bias is not None or getattr(base, bias_name, None) is not None:
                 setattr(base, bias_name, bias)
-        self._originals.clear()
-        for name in reversed(self.switch.merged):
-            part = self.part(name)
-            if part is not None:
-                part.unmerge()
+        self._forget_merged()
         if self.switch.merged:
             self._update(merged=())
 
     def forget_originals(self) -> None:
         """What is merged stays in the base weights for good."""
-        self._originals.clear()
+        self._forget_merged()
         for adapter in self._adapters.values():
             if adapter.part is not None:
                 adapter.part.originals.clear()
+
+    def _forget_merged(self) -> None:
+        self._originals.clear()
+        self._plain.clear()
 
     def clear(self) -> None:
         """Forget all adapters; their layers are out of the model already, and biases stay as they are."""
         self._adapters.clear()
         self._flagged.clear()
-        self._originals.clear()
+        self._forget_merged()
         self._biases_of = None
         self.switch = Switch()
 

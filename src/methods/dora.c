@@ -179,6 +179,8 @@ pc_status dora_after(const pc_call *call, const pc_adapter *adapter, const pc_sl
     return PC_OK;
 }
 
+/* As in the forward pass the length is that of the module's own weight with this adapter, whatever was folded into
+ * `weight` before. */
 pc_status dora_merge(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *slot, const pc_module *m,
                      pc_dtype compute, void *weight, pc_error *err)
 {
@@ -186,14 +188,17 @@ pc_status dora_merge(pc_runtime *rt, const pc_adapter *adapter, const pc_slot *s
     const weight_view view = view_of(m);
     pc_pool scratch;
     pc_pool_init_scratch(&scratch);
-    void *squares;
-    pc_status status = pc_scratch(&scratch, PC_F64, m->out_features, 1, &squares, err);
+    void *factors, *norms;
+    pc_status status = pc_scratch(&scratch, PC_F64, m->out_features, 1, &factors, err);
+    if (status == PC_OK)
+        status = pc_scratch(&scratch, compute, m->out_features, 1, &norms, err);
+    if (status == PC_OK)
+        status = dora_norms(rt, adapter, slot, m, compute, norms, err);
     if (status == PC_OK) {
-        double *factor = squares;
-        memset(factor, 0, (size_t)m->out_features * sizeof *factor);
-        add_squares(compute, weight, view.rows, view.columns, outputs_are_columns(m), 0, factor);
+        double *factor = factors;
         for (int64_t i = 0; i < m->out_features; i++)
-            factor[i] = pc_get_double(magnitude->dtype, pc_tensor_data(adapter, magnitude), i) / sqrt(factor[i]);
+            factor[i] = pc_get_double(magnitude->dtype, pc_tensor_data(adapter, magnitude), i) /
+                        pc_get_double(compute, norms, i);
         if (outputs_are_columns(m))
             pc_scale_columns(rt, compute, view.rows, view.columns, weight, PC_F64, factor, weight);
         else

@@ -79,3 +79,18 @@ def test_merge_some_of_several(seed):
     twins.ours.set_adapter([])
     twins.ours.merge_adapter(names)
     assert twins.check(x)
+
+
+@pytest.mark.parametrize("net", [text_net, image_net])
+def test_merge_several_dora(net):
+    """PEFT 0.17 takes the norm of the second with the first in the weights; ours is what the unmerged model computes."""
+    twins = Twins(net, 7, kernel=3, padding=1) if net is image_net else Twins(net, 7)
+    targets = ["first", "second"] if net is image_net else ["q_proj", "down", "c_attn", "embed"]
+    for name, dora in (("one", True), ("two", False), ("three", True)):
+        twins.add("LORA", name, r=2, target_modules=targets, use_dora=dora)
+    x = twins.inputs()
+    twins.ours.set_adapter(["one", "two", "three"])
+    before = twins.ours(x)
+    twins.ours.merge_adapter()
+    for merged, unmerged in zip(twins.ours(x), before, strict=True):
+        np.testing.assert_allclose(merged, unmerged, rtol=0, atol=2e-5 * max(1.0, float(np.abs(unmerged).max())))

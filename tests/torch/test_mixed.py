@@ -324,6 +324,21 @@ def test_merging_is_exact(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("order", [["ours", "other"], ["other", "ours"]])
+def test_merging_one_after_the_other_is_exact(kind, order):
+    model = make()
+    for name, config in (("ours", lora()), ("other", FOREIGN[kind]())):
+        model.add_adapter(config, name)
+        draw(model, name)
+    model.set_adapter(["ours", "other"])
+    before = state_of(model)
+    for name in order:
+        model.merge_adapter([name])
+    model.unmerge_adapter()
+    assert same(state_of(model), before)
+
+
+@every_kind
 def test_survives_copies(kind):
     model = make()
     model.add_adapter(lora(), "ours")

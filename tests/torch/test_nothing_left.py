@@ -8,7 +8,6 @@ import pytest
 import torch
 from test_mixed import FOREIGN
 from test_mixed import Net as MixedNet
-from their_mixin import V5
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -52,8 +51,7 @@ OURS = {
     "ia3": lambda: peft.IA3Config(target_modules=[*LINEAR, "image"], feedforward_modules=["up"]),
     "adalora": lambda: peft.AdaLoraConfig(target_modules=LINEAR, init_r=2, total_step=9, inference_mode=True),
 }
-#: PEFT 0.21 itself keeps something alive that holds OFT's parameter
-ALONE = OURS | {kind: config for kind, config in FOREIGN.items() if not (V5 and kind == "oft")}
+ALONE = OURS | FOREIGN
 TOGETHER = {
     "all of peftc": list(OURS),
     # VeRA and RandLoRA come first; SHiRA and BOFT cannot be on a layer with another method of PEFT

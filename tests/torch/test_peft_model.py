@@ -561,9 +561,37 @@ def test_several_at_once(case):
         assert ours.active_adapters == names and flags(ours) == flags(theirs)
     for model in (theirs, ours):
         model.base_model.set_adapter(["default", "second"])
+    expected = results(ours, case.batch())
+    for model in (theirs, ours):
         model.merge_adapter()
-    alike(theirs, ours, case.batch(), atol=1e-4, rtol=1e-4)
-    alike(theirs.merge_and_unload(), ours.merge_and_unload(), case.batch(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(results(ours, case.batch()), expected, atol=1e-4, rtol=1e-4)
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(results(merged, case.batch()), expected, atol=1e-4, rtol=1e-4)
+    if case.options.get("use_dora") and peft.__version__.startswith("0.17."):
+        return  # it takes the norm of the second with the first in the weights: not what it computes unmerged
+    alike(theirs, merged, case.batch(), atol=1e-4, rtol=1e-4)
+    alike(theirs.merge_and_unload(), merged, case.batch(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.options.get("use_dora")], ids=lambda case: case.name)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_merging_several_dora_changes_no_output(case, one_by_one):
+    _, ours = twins(case)
+    torch.manual_seed(4)
+    ours.add_adapter("second", case.config())
+    ours.add_adapter("plain", case.config(use_dora=False))
+    ours.eval()
+    ours.base_model.set_adapter(["default", "plain", "second"])
+    batch = case.batch()
+    expected, weights = results(ours, batch), copy.deepcopy(ours.state_dict())
+    for names in (["default"], ["plain", "second"]) if one_by_one else (["default", "plain", "second"],):
+        ours.merge_adapter(adapter_names=names, safe_merge=True)
+    torch.testing.assert_close(results(ours, batch), expected, atol=1e-4, rtol=1e-4)
+    again = copy.deepcopy(ours)
+    for model in (ours, again):
+        model.unmerge_adapter()
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+        assert torch.equal(results(model, batch), expected)
 
 
 def test_two_heads_at_once_are_refused():
