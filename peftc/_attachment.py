@@ -1,7 +1,7 @@
 """What a model with adapters carries, and how an adapter is made on it: the steps that every API of peftc shares."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -77,8 +77,7 @@ def make_adapter(
     registry, host = attached.registry, attached.host
     _prepare.check_against(config, others)
     modules = host.named_modules(model)
-    once = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
-    settled = _prepare.settle_targets(config, model, host, once)
+    settled = _prepare.settle_targets(config, model, host, modules)
     registry.bind(modules, host.output_embedding(model, modules), host.input_embedding(model, modules))
     instead = {} if targets is None else {"target_modules": targets, **dict.fromkeys(_CHOOSING)}
     given, before = config, dict(settled)
@@ -100,17 +99,23 @@ def make_adapter(
             registry, name, config, instead, source, refused, label=label, trainable=trainable
         )
     try:
-        found = dict(modules)
-        kinds = {path: host.kind(found[path]) for path in registry.adapted_modules(name)}
         orientation = getattr(config, "fan_in_fan_out", None)
-        if orientation or (orientation is not None and "Conv1D" in kinds.values()):
-            settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
+        if orientation is not None:
+            found = dict(modules)
+            adapted = {path: found[path] for path in registry.adapted_modules(name)}
+            if orientation or any(host.kind(one) == "Conv1D" for one in _one_of_each_class(adapted.values())):
+                kinds = {path: host.kind(module) for path, module in adapted.items()}
+                settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
         if instead or config is not given or settled != before:
             text = as_json(config, settled)
     except BaseException:
         registry.remove(name)
         raise
     return MadeAdapter(config, settled, text, missing, unexpected)
+
+
+def _one_of_each_class(modules: Iterable[Any]) -> Iterable[Any]:
+    return {type(module): module for module in modules}.values()
 
 
 def as_json(config: Any, settled: dict[str, Any]) -> str:

@@ -187,14 +187,18 @@ def walk_modules(
     """(dotted name, module) of everything below root, each once; wrappers (leads: the way to what is in them) are
     looked through."""
 
-def items_at(objects: list[Any], path: tuple[str, ...], /) -> list[Any]:
-    """What is at the end of a path (keys of dicts, attributes of objects) from each object; None for nothing."""
+def put_in_eval(root: Any, kinds: dict[type, int], ask: Callable[[type], int], /) -> None:
+    """root.eval(); kinds: 0 for classes whose train() is torch's, 1 for adapted layers, 2 for a train() to be called."""
 
 def put_items(objects: list[Any], path: tuple[str, ...], key: str, values: list[Any], /) -> None: ...
-def pop_items(objects: list[Any], paths: tuple[tuple[str, ...], ...], key: str, /) -> list[Any]: ...
 def own_parameters(modules: list[Any], /) -> list[Any]: ...
 def parameters_of(layers: list[Any], fields: tuple[str, ...], name: str, /) -> list[Any]:
     """One adapter's parameters in each layer's children called `fields`."""
+
+def drop_adapter(
+    layers: list[Any], holding: tuple[str, ...], other: tuple[str, ...], later: tuple[str, ...], name: str, /
+) -> tuple[list[Any], list[int]]:
+    """Take an adapter out of the fields of each layer: (what was taken, indices of layers with nothing in `holding`)."""
 
 def json_loads(text: str | bytes, label: str = "config") -> Any: ...
 def json_canonical(text: str | bytes, label: str = "config") -> str: ...

@@ -84,7 +84,7 @@ def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str,
     """The fields of `config` that depend on the model, with the values they get: target_modules, feedforward_modules.
 
     Args:
-        modules: the model's modules with their dotted names, each module once.
+        modules: the model's modules with their dotted names, some perhaps under several.
 
     Raises:
         ValueError: target_modules (or IA3's feedforward_modules) is None and there is no default for this model.
@@ -100,7 +100,7 @@ def settle_targets(config: Any, model: Any, host: Host, modules: list[tuple[str,
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = settled["target_modules"] = _all_linear(config, model, host, modules)
     if isinstance(targets, (list, set, tuple)) and len(targets) >= MANY_TARGETS and method != "IA3":
-        fewer = fewest_suffixes(targets, [name for name, _ in modules])
+        fewer = fewest_suffixes(targets, [name for name, _ in _each_once(modules)])
         if len(fewer) < len(targets):
             settled["target_modules"] = fewer
     return settled
@@ -116,12 +116,17 @@ def _default(table: Mapping[str, list[str]], field: str, model: Any, host: Host)
 
 
 def _all_linear(config: Any, model: Any, host: Host, modules: list[tuple[str, Any]]) -> set[str]:
-    names = {name for name, module in modules if host.kind(module) in ("Linear", "Conv1D")}
+    names = {name for name, module in _each_once(modules) if host.kind(module) in ("Linear", "Conv1D")}
     head = host.output_embedding(model, modules)
     if head is None and str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
         head = next((name for name in CLASSIFIER_NAMES if getattr(model, name, None) is not None), None)
     names.discard(head or "")
     return names
+
+
+def _each_once(modules: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Each module under its first name."""
+    return list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
 
 
 def _suffixes(name: str) -> list[str]:

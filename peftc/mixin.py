@@ -439,9 +439,9 @@ class PeftAdapterMixin:
         """
         attached = self._attached()
         registry = attached.registry
-        registry.enabled = False
-        for name in registry.active():
+        for name in registry.active():  # first, so that no flag is changed twice
             registry.set_trainable(name, False)
+        registry.enabled = False
         attached.host.activation_changed(self, registry)
 
     def enable_adapters(self) -> None:

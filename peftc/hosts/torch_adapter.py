@@ -69,21 +69,15 @@ class Adapter:
         """state-dict key → parameter of what is in the adapted layers."""
         return {key: tensor_of(layer, parameter, self.name) for key, layer, parameter in self.keys}
 
-    def drop(self) -> None:
-        """Take everything of the adapter out of its layers."""
+    def drop(self) -> list[tuple[str, AdaptedLayer]]:
+        """Take everything of the adapter out of its layers; returns those of `layers` that hold no adapter now."""
         layers = [layer for _, layer in self.layers]
-        fields: dict[str, None] = {}
-        for cls in _classes(layers):
-            fields.update(dict.fromkeys((*cls.adapter_layer_names, *cls.other_param_names)))
-        paths: list[tuple[str, ...]] = [(field,) for field in fields]  # a plain dict of the layer
-        for field in fields:
-            paths += [("_modules", field, part) for part in ("_modules", "_parameters", "_keys")]
-        _core.pop_items(layers, tuple(paths), self.name)
-        for layer in layers:
-            for field in layer.later_containers:
-                container = layer._modules.get(field)
-                if container is not None and not (container._modules or container._parameters):
-                    del layer._modules[field]
+        classes = _classes(layers)
+        holding = dict.fromkeys(field for cls in classes for field in cls.adapter_layer_names)
+        other = dict.fromkeys(field for cls in classes for field in cls.other_param_names if field not in holding)
+        later = dict.fromkeys(field for cls in classes for field in cls.later_containers)
+        _, bare = _core.drop_adapter(layers, tuple(holding), tuple(other), tuple(later), self.name)
+        return [self.layers[i] for i in bare]
 
 
 def _classes(layers: list[AdaptedLayer]) -> dict[type[AdaptedLayer], None]:

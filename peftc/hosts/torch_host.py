@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _core
 from . import torch_adalora, torch_generation, torch_hotswap
 from .generation import Generation
 from .torch_layers import AdaptedLayer
@@ -23,6 +24,16 @@ def _path_of(model: Any, modules: list[tuple[str, Any]], getter: str) -> str | N
         return None
     found = unwrap(found)
     return next((path for path, module in modules if module is found), None)
+
+
+#: class → how its modules go to eval mode, for `_core.put_in_eval`; filled as classes are met
+_EVAL_KINDS: dict[type, int] = {}
+
+
+def _eval_kind(cls: Any) -> int:
+    kind = 2 if cls.train is not nn.Module.train else int(issubclass(cls, AdaptedLayer))
+    _EVAL_KINDS[cls] = kind
+    return kind
 
 
 class TorchHost:
@@ -132,16 +143,7 @@ class TorchHost:
         if type(model).train is not nn.Module.train or type(model).eval is not nn.Module.eval:
             model.eval()
             return
-        stack = [model]
-        while stack:
-            module = stack.pop()
-            if isinstance(module, AdaptedLayer) and not module.training and not module._awake:
-                stack.append(module._modules["base_layer"])
-            elif type(module).train is not nn.Module.train:
-                module.train(False)
-            else:
-                module.__dict__["training"] = False
-                stack += [child for child in module._modules.values() if child is not None]
+        _core.put_in_eval(model, _EVAL_KINDS, _eval_kind)
 
     def save(self, tensors: dict[str, Any], path: str) -> None:
         save_file(tensors, path)

@@ -168,10 +168,6 @@ class AdaptedLayer(nn.Module):
                 if name in container._modules:
                     container._modules[name].train()
 
-    def is_bare(self) -> bool:
-        """Has the last adapter gone?"""
-        return not any(_names(self._modules.get(field)) for field in self.adapter_layer_names)
-
     # -------------------------------------------------- what PEFT's layers have
 
     def get_base_layer(self) -> nn.Module:

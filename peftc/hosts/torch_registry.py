@@ -170,9 +170,8 @@ class TorchRegistry:
             module.requires_grad_(False)
             adapter.saved.append((path, wrapper))
         self._adapters[name] = adapter
-        for parameter in _core.own_parameters([module for _, module in self._bound]):
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
+        base = _core.own_parameters([module for _, module in self._bound])
+        _core.set_requires_grad([parameter for parameter in base if parameter.requires_grad], False)
         for other in list(self._flagged):
             self._flag(other, False)
         self.set_trainable(name, trainable)
@@ -493,10 +492,8 @@ class TorchRegistry:
     def take_out(self, name: str) -> None:
         """Take an adapter's tensors out of the model, and layers and wrappers that hold no other."""
         adapter = self._adapters[name]
-        adapter.drop()
-        for path, layer in adapter.layers:
-            if layer.is_bare():
-                take_out(self.model, path, layer)
+        for path, layer in adapter.drop():
+            take_out(self.model, path, layer)
         if adapter.part is not None:
             adapter.part.drop(self.model)
         for path, wrapper in adapter.saved:

@@ -67,6 +67,7 @@ int peftc_add_adalora(PyObject *module, peftc_state *state);  /* AdaLora's impor
 int peftc_add_torch(PyObject *module, peftc_state *state);    /* kernels on torch tensors */
 int peftc_add_torch_modules(PyObject *module, peftc_state *state);
 int peftc_add_torch_tree(PyObject *module, peftc_state *state);
+int peftc_add_torch_places(PyObject *module, peftc_state *state);
 int peftc_add_torch_forward(PyObject *module, peftc_state *state);
 
 #endif

@@ -108,6 +108,7 @@ static int (*const parts[])(PyObject *module, peftc_state *state) = {
     peftc_add_torch,
     peftc_add_torch_modules,
     peftc_add_torch_tree,
+    peftc_add_torch_places,
     peftc_add_torch_forward,
 };
 

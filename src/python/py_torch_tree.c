@@ -1,8 +1,6 @@
-/* torch's module tree: listing it, and reading and writing the same place of hundreds of modules in one call.
+/* torch's module tree: listing it, and putting it in eval mode.
  *
- * Nothing here knows torch: a module is an object with a __dict__, in which `_modules` and `_parameters` are the dicts of
- * its children and its parameters.  A *path* is a tuple of names, each the key of a dict or, where the thing reached is
- * an object, of its __dict__: ("_modules", "lora_A", "_modules", "default"). */
+ * Nothing here knows torch: a module is an object with a __dict__, in which `_modules` is the dict of its children. */
 #include "binding.h"
 
 #include <stdbool.h>
@@ -189,260 +187,196 @@ static PyObject *walk_modules(PyObject *module, PyObject *const *args, Py_ssize_
     return w.list;
 }
 
-/* -------------------------------------------------------------------- places */
+/* ----------------------------------------------------------------- eval mode */
 
-/* The dict that is `thing`, or that it keeps its attributes in; a new reference, NULL with an exception. */
-static PyObject *dict_of(PyObject *thing)
+typedef struct evaluation {
+    PyObject *kinds; /* class → what its modules are */
+    PyObject *ask;   /* … asked of classes that it lacks */
+    PyObject *training, *modules, *awake, *base_layer, *train;
+} evaluation;
+
+enum { PLAIN = 0, ADAPTED = 1, OWN_WAY = 2 };
+
+static int kind_of(const evaluation *e, PyObject *module)
 {
-    if (PyDict_Check(thing))
-        return Py_NewRef(thing);
-    PyObject *dict = PyObject_GenericGetDict(thing, NULL);
-    if (dict == NULL && PyErr_ExceptionMatches(PyExc_AttributeError))
-        PyErr_Format(PyExc_TypeError, "%.200s is neither a dict nor an object with a __dict__", Py_TYPE(thing)->tp_name);
-    return dict;
+    PyObject *cls = (PyObject *)Py_TYPE(module), *kind = PyDict_GetItemWithError(e->kinds, cls);
+    if (kind != NULL)
+        Py_INCREF(kind);
+    else if (!PyErr_Occurred())
+        kind = PyObject_CallOneArg(e->ask, cls);
+    const long value = kind != NULL ? PyLong_AsLong(kind) : -1;
+    Py_XDECREF(kind);
+    if (value >= PLAIN && value <= OWN_WAY)
+        return (int)value;
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "a %.200s is plain (0), adapted (1), or has its own way (2), not %ld",
+                     Py_TYPE(module)->tp_name, value);
+    return -1;
 }
 
-/* What is at the end of the path; a new reference. NULL without an exception if there is nothing. */
-static PyObject *follow(PyObject *start, PyObject *path)
+/* A module that is still to be put in eval mode, and its __dict__ if that was fetched; strong references. */
+typedef struct waiting {
+    PyObject *module, *own;
+    int depth;
+} waiting;
+
+typedef struct stack {
+    waiting *items;
+    Py_ssize_t count, room;
+} stack;
+
+static int push(stack *s, PyObject *module, int depth)
 {
-    PyObject *here = Py_NewRef(start);
-    for (Py_ssize_t i = 0; here != NULL && i < PyTuple_GET_SIZE(path); i++) {
-        PyObject *dict = dict_of(here);
-        PyObject *next = dict != NULL ? PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(path, i)) : NULL;
-        Py_XINCREF(next);
-        Py_XDECREF(dict);
-        Py_SETREF(here, next);
+    if (s->count == s->room) {
+        const Py_ssize_t room = s->room != 0 ? 2 * s->room : 256;
+        waiting *items = PyMem_Realloc(s->items, (size_t)room * sizeof *items);
+        if (items == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        s->items = items;
+        s->room = room;
     }
-    return here;
+    s->items[s->count++] = (waiting){Py_NewRef(module), NULL, depth};
+    return 0;
 }
 
-static bool check_call(const char *name, bool good, const char *takes)
+/* With many adapters nothing of a tree is in the cache, and each module is four dependent reads from memory: those of the
+ * next few are begun while this one is worked on. */
+#define AHEAD_DICT 8
+#define AHEAD_KEYS 4
+
+static void look_ahead(const stack *s)
 {
-    if (!good)
-        PyErr_Format(PyExc_TypeError, "%s() takes %s", name, takes);
-    return good;
+    if (s->count > AHEAD_DICT) {
+        waiting *later = &s->items[s->count - 1 - AHEAD_DICT];
+        if (later->own == NULL && (later->own = PyObject_GenericGetDict(later->module, NULL)) == NULL)
+            PyErr_Clear(); /* comes again when it is its turn */
+        if (later->own != NULL)
+            __builtin_prefetch(later->own);
+    }
+    if (s->count > AHEAD_KEYS) {
+        const PyObject *own = s->items[s->count - 1 - AHEAD_KEYS].own;
+        if (own != NULL && PyDict_Check(own))
+            for (int line = 0; line < 4; line++)
+                __builtin_prefetch((const char *)((const PyDictObject *)own)->ma_keys + 64 * line);
+    }
 }
 
-PyDoc_STRVAR(items_at_doc,
-             "items_at(objects, path, /)\n--\n\n"
-             "A list of what is at the end of a path from each of a list of objects; None where there is nothing.");
+static int push_children(stack *s, PyObject *children, int depth)
+{
+    PyObject *key, *child;
+    Py_ssize_t at = 0;
+    if (PyDict_GET_SIZE(children) > 0 && depth >= Py_GetRecursionLimit()) {
+        PyErr_SetString(PyExc_RecursionError, "modules contain each other, or too deeply");
+        return -1;
+    }
+    while (PyDict_Next(children, &at, &key, &child))
+        if (child != Py_None && push(s, child, depth + 1) < 0)
+            return -1;
+    return 0;
+}
 
-static PyObject *items_at(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+/* An adapted layer that is in eval mode, and none of whose adapters is in train mode for itself, is passed over. */
+static int sleeps(const evaluation *e, PyObject *own)
+{
+    PyObject *training = PyDict_GetItemWithError(own, e->training);
+    PyObject *awake = training == Py_False ? PyDict_GetItemWithError(own, e->awake) : NULL;
+    if (PyErr_Occurred())
+        return -1;
+    return training == Py_False && (awake == NULL || awake == Py_False);
+}
+
+static int eval_one(const evaluation *e, stack *s, const waiting *w)
+{
+    const int kind = kind_of(e, w->module);
+    if (kind == OWN_WAY) {
+        PyObject *done = PyObject_CallMethodOneArg(w->module, e->train, Py_False);
+        Py_XDECREF(done);
+        return done != NULL ? 0 : -1;
+    }
+    PyObject *own = kind >= 0 ? w->own : NULL;
+    const int asleep = own != NULL && kind == ADAPTED ? sleeps(e, own) : 0;
+    PyObject *children = own != NULL && asleep >= 0 ? Py_XNewRef(PyDict_GetItemWithError(own, e->modules)) : NULL;
+    int result = -1;
+    if (children == NULL || !PyDict_Check(children)) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_TypeError, "%.200s is no torch module", Py_TYPE(w->module)->tp_name);
+    } else if (asleep) {
+        PyObject *base = PyDict_GetItemWithError(children, e->base_layer);
+        result = base != NULL ? push(s, base, w->depth + 1) : PyErr_Occurred() ? -1 : 0;
+    } else {
+        PyObject *training = PyDict_GetItemWithError(own, e->training);
+        result = training == Py_False ? 0 : PyErr_Occurred() ? -1 : PyDict_SetItem(own, e->training, Py_False);
+        if (result == 0)
+            result = push_children(s, children, w->depth);
+    }
+    Py_XDECREF(children);
+    return result;
+}
+
+static int eval_all(const evaluation *e, PyObject *root)
+{
+    stack s = {NULL, 0, 0};
+    int result = push(&s, root, 0);
+    while (result == 0 && s.count > 0) {
+        look_ahead(&s);
+        waiting w = s.items[--s.count];
+        if (w.own == NULL && (w.own = PyObject_GenericGetDict(w.module, NULL)) == NULL)
+            result = -1;
+        else
+            result = eval_one(e, &s, &w);
+        Py_XDECREF(w.own);
+        Py_DECREF(w.module);
+    }
+    while (s.count > 0) {
+        waiting w = s.items[--s.count];
+        Py_XDECREF(w.own);
+        Py_DECREF(w.module);
+    }
+    PyMem_Free(s.items);
+    return result;
+}
+
+PyDoc_STRVAR(put_in_eval_doc,
+             "put_in_eval(root, kinds, ask, /)\n--\n\n"
+             "root.eval(), for modules that do what torch's own do.\n\n"
+             "kinds is a dict: class -> 0 for one whose train() is torch's, 1 for an adapted layer (also torch's), 2 for one\n"
+             "with a train() of its own, which is called; ask(class) says it of a class that the dict lacks. Of an adapted\n"
+             "layer that is in eval mode already, and has no true `_awake`, only `base_layer` is looked at.");
+
+static PyObject *put_in_eval(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)module;
-    if (!check_call("items_at", nargs == 2 && PyList_Check(args[0]) && PyTuple_Check(args[1]),
-                    "a list of objects, and a path"))
+    if (nargs != 3 || !PyDict_Check(args[1]) || !PyCallable_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "put_in_eval() takes a module, a dict of kinds, and a function");
         return NULL;
-    PyObject *list = PyList_New(0);
-    for (Py_ssize_t i = 0; list != NULL && i < PyList_GET_SIZE(args[0]); i++) {
-        PyObject *item = follow(PyList_GET_ITEM(args[0], i), args[1]);
-        if (item == NULL && !PyErr_Occurred())
-            item = Py_NewRef(Py_None);
-        if (item == NULL || PyList_Append(list, item) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(item);
     }
-    return list;
-}
-
-PyDoc_STRVAR(put_items_doc,
-             "put_items(objects, path, key, values, /)\n--\n\n"
-             "Of each of a list of objects, set the item `key` of what is at the end of the path to its value of a list as\n"
-             "long.\n\n"
-             "Raises KeyError if there is nothing at the end of the path; the objects before have their values then.");
-
-static PyObject *put_items(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    (void)module;
-    if (!check_call("put_items",
-                    nargs == 4 && PyList_Check(args[0]) && PyTuple_Check(args[1]) && PyList_Check(args[3]) &&
-                        PyList_GET_SIZE(args[0]) == PyList_GET_SIZE(args[3]),
-                    "a list of objects, a path, a key, and a list of as many values"))
-        return NULL;
-    bool good = true;
-    for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(args[0]) && i < PyList_GET_SIZE(args[3]); i++) {
-        PyObject *holder = follow(PyList_GET_ITEM(args[0], i), args[1]), *dict = NULL;
-        if (holder != NULL)
-            dict = dict_of(holder);
-        else if (!PyErr_Occurred())
-            PyErr_Format(PyExc_KeyError, "%.200s has nothing at %R", Py_TYPE(PyList_GET_ITEM(args[0], i))->tp_name,
-                         args[1]);
-        PyObject *value = Py_NewRef(PyList_GET_ITEM(args[3], i));
-        good = dict != NULL && (PyDict_CheckExact(dict) ? PyDict_SetItem(dict, args[2], value)
-                                                        : PyObject_SetItem(dict, args[2], value)) == 0;
-        Py_DECREF(value);
-        Py_XDECREF(dict);
-        Py_XDECREF(holder);
-    }
-    if (!good)
+    evaluation e = {.kinds = args[1],
+                    .ask = args[2],
+                    .training = PyUnicode_InternFromString("training"),
+                    .modules = PyUnicode_InternFromString("_modules"),
+                    .awake = PyUnicode_InternFromString("_awake"),
+                    .base_layer = PyUnicode_InternFromString("base_layer"),
+                    .train = PyUnicode_InternFromString("train")};
+    int result = -1;
+    if (e.training != NULL && e.modules != NULL && e.awake != NULL && e.base_layer != NULL && e.train != NULL)
+        result = eval_all(&e, args[0]);
+    Py_XDECREF(e.training);
+    Py_XDECREF(e.modules);
+    Py_XDECREF(e.awake);
+    Py_XDECREF(e.base_layer);
+    Py_XDECREF(e.train);
+    if (result < 0)
         return NULL;
     Py_RETURN_NONE;
-}
-
-/* Take `key` out of the dict, if it is there; what it was is kept until after the caller's loop. */
-static int pop_item(PyObject *dict, PyObject *key, PyObject *kept)
-{
-    PyObject *value = PyDict_GetItemWithError(dict, key);
-    if (value == NULL)
-        return PyErr_Occurred() ? -1 : 0;
-    if (PyList_Append(kept, value) < 0)
-        return -1;
-    return PyDict_CheckExact(dict) ? PyDict_DelItem(dict, key) : PyObject_DelItem(dict, key);
-}
-
-PyDoc_STRVAR(pop_items_doc,
-             "pop_items(objects, paths, key, /)\n--\n\n"
-             "Delete the item `key` of what is at the end of each of a tuple of paths from each of a list of objects, where\n"
-             "there is one. Returns the items.");
-
-static PyObject *pop_items(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    (void)module;
-    if (!check_call("pop_items", nargs == 3 && PyList_Check(args[0]) && PyTuple_Check(args[1]),
-                    "a list of objects, a tuple of paths, and a key"))
-        return NULL;
-    PyObject *kept = PyList_New(0);
-    bool good = kept != NULL;
-    for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(args[0]); i++) {
-        for (Py_ssize_t p = 0; good && p < PyTuple_GET_SIZE(args[1]); p++) {
-            PyObject *path = PyTuple_GET_ITEM(args[1], p);
-            if (!check_call("pop_items", PyTuple_Check(path), "paths that are tuples")) {
-                good = false;
-                break;
-            }
-            PyObject *holder = follow(PyList_GET_ITEM(args[0], i), path);
-            PyObject *dict = holder != NULL ? dict_of(holder) : NULL;
-            good = dict != NULL ? pop_item(dict, args[2], kept) == 0 : !PyErr_Occurred();
-            Py_XDECREF(dict);
-            Py_XDECREF(holder);
-        }
-    }
-    if (!good)
-        Py_CLEAR(kept);
-    return kept;
-}
-
-/* ---------------------------------------------------------------- parameters */
-
-typedef struct names {
-    PyObject *modules, *parameters;
-} names;
-
-static bool intern_names(names *n)
-{
-    n->modules = PyUnicode_InternFromString("_modules");
-    n->parameters = PyUnicode_InternFromString("_parameters");
-    return n->modules != NULL && n->parameters != NULL;
-}
-
-static void forget_names(names *n)
-{
-    Py_XDECREF(n->modules);
-    Py_XDECREF(n->parameters);
-}
-
-/* The item of an object's __dict__ if it is a dict; a new reference. NULL without an exception if there is none. */
-static PyObject *dict_in(PyObject *thing, PyObject *key)
-{
-    PyObject *dict = dict_of(thing), *found = dict != NULL ? PyDict_GetItemWithError(dict, key) : NULL;
-    found = found != NULL && PyDict_Check(found) ? Py_NewRef(found) : NULL;
-    Py_XDECREF(dict);
-    return found;
-}
-
-/* Append a module's own parameters. */
-static bool append_own(PyObject *list, PyObject *thing, const names *n)
-{
-    PyObject *own = dict_in(thing, n->parameters), *key, *value;
-    bool good = own != NULL || !PyErr_Occurred();
-    Py_ssize_t at = 0;
-    while (good && own != NULL && PyDict_Next(own, &at, &key, &value))
-        good = value == Py_None || PyList_Append(list, value) == 0;
-    Py_XDECREF(own);
-    return good;
-}
-
-PyDoc_STRVAR(own_parameters_doc,
-             "own_parameters(modules, /)\n--\n\n"
-             "A list of the parameters of each of a list of modules, without those of their children.");
-
-static PyObject *own_parameters(PyObject *module, PyObject *modules)
-{
-    (void)module;
-    names n;
-    PyObject *list = NULL;
-    if (!check_call("own_parameters", PyList_Check(modules), "a list of modules"))
-        return NULL;
-    if (intern_names(&n))
-        list = PyList_New(0);
-    for (Py_ssize_t i = 0; list != NULL && i < PyList_GET_SIZE(modules); i++)
-        if (!append_own(list, PyList_GET_ITEM(modules, i), &n))
-            Py_CLEAR(list);
-    forget_names(&n);
-    return list;
-}
-
-/* Of a container (ModuleDict or ParameterDict), append the parameters that belong to one adapter. */
-static bool append_of(PyObject *list, PyObject *container, PyObject *name, const names *n)
-{
-    PyObject *own = dict_in(container, n->modules), *child = own != NULL ? PyDict_GetItemWithError(own, name) : NULL;
-    Py_XINCREF(child);
-    Py_XDECREF(own);
-    bool good = !PyErr_Occurred();
-    if (good && child != NULL && child != Py_None) {
-        good = append_own(list, child, n);
-    } else if (good) {
-        own = dict_in(container, n->parameters);
-        PyObject *parameter = own != NULL ? PyDict_GetItemWithError(own, name) : NULL;
-        good = parameter != NULL && parameter != Py_None ? PyList_Append(list, parameter) == 0 : !PyErr_Occurred();
-        Py_XDECREF(own);
-    }
-    Py_XDECREF(child);
-    return good;
-}
-
-PyDoc_STRVAR(parameters_of_doc,
-             "parameters_of(layers, fields, name, /)\n--\n\n"
-             "A list of one adapter's parameters in each of a list of layers: in each of its children that a tuple of fields\n"
-             "names, the parameter called `name` or those of the child called `name`.");
-
-static PyObject *parameters_of(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    (void)module;
-    names n;
-    PyObject *list = NULL;
-    if (!check_call("parameters_of", nargs == 3 && PyList_Check(args[0]) && PyTuple_Check(args[1]),
-                    "a list of layers, a tuple of fields, and a name"))
-        return NULL;
-    if (intern_names(&n))
-        list = PyList_New(0);
-    for (Py_ssize_t i = 0; list != NULL && i < PyList_GET_SIZE(args[0]); i++) {
-        PyObject *children = dict_in(PyList_GET_ITEM(args[0], i), n.modules);
-        bool good = children != NULL || !PyErr_Occurred();
-        for (Py_ssize_t f = 0; good && children != NULL && f < PyTuple_GET_SIZE(args[1]); f++) {
-            PyObject *container = PyDict_GetItemWithError(children, PyTuple_GET_ITEM(args[1], f));
-            Py_XINCREF(container);
-            good = container != NULL && container != Py_None ? append_of(list, container, args[2], &n)
-                                                             : !PyErr_Occurred();
-            Py_XDECREF(container);
-        }
-        Py_XDECREF(children);
-        if (!good)
-            Py_CLEAR(list);
-    }
-    forget_names(&n);
-    return list;
 }
 
 #define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef functions[] = {
     {"walk_modules", FASTCALL(walk_modules), METH_FASTCALL, walk_modules_doc},
-    {"items_at", FASTCALL(items_at), METH_FASTCALL, items_at_doc},
-    {"put_items", FASTCALL(put_items), METH_FASTCALL, put_items_doc},
-    {"pop_items", FASTCALL(pop_items), METH_FASTCALL, pop_items_doc},
-    {"own_parameters", own_parameters, METH_O, own_parameters_doc},
-    {"parameters_of", FASTCALL(parameters_of), METH_FASTCALL, parameters_of_doc},
+    {"put_in_eval", FASTCALL(put_in_eval), METH_FASTCALL, put_in_eval_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -252,21 +252,7 @@ def test_what_is_no_module_is_named():
 # ---------------------------------------------------------------------- places
 
 
-def test_items_at_the_end_of_a_path():
-    layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
-    path = ("_modules", "lora_A", "_modules", "default", "_parameters", "weight")
-    found = _core.items_at(layers, path)
-    assert all(one is layer.lora_A["default"].weight for one, layer in zip(found, layers, strict=True))
-    del layers[1].lora_A
-    assert _core.items_at(layers, path)[1] is None and _core.items_at([], path) == []
-    assert _core.items_at([{"a": {"b": 5}}], ("a", "b")) == [5] and _core.items_at([7], ()) == [7]
-    with pytest.raises(TypeError, match="int is neither a dict nor an object with a __dict__"):
-        _core.items_at([{"a": 5}], ("a", "b"))
-    with pytest.raises(TypeError, match="a list of objects, and a path"):
-        _core.items_at(tuple(layers), path)
-
-
-def test_put_and_pop_items():
+def test_put_items():
     layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
     new = [nn.Identity() for _ in layers]
     where = ("_modules", "lora_A", "_modules")
@@ -274,25 +260,57 @@ def test_put_and_pop_items():
     _core.put_items(layers, (), "r", [1, 2, 3])
     assert [layer.r for layer in layers] == [1, 2, 3]
     assert [layer.lora_A["other"] for layer in layers] == new and list(layers[0].lora_A) == ["default", "other"]
-    gone = _core.pop_items(layers, (where, ("nowhere",), ("_modules", "none", "_modules")), "other")
-    assert gone == new and list(layers[0].lora_A) == ["default"]
-    assert _core.pop_items(layers, (where,), "other") == []
     ordered = nn.Module()
     ordered._modules = OrderedDict(a=nn.Identity())
     _core.put_items([ordered], ("_modules",), "b", [new[0]])
     assert list(ordered._modules) == ["a", "b"]
-    _core.pop_items([ordered], (("_modules",),), "a")
-    assert list(ordered._modules) == ["b"] and len(ordered._modules) == 1
     del layers[1].lora_A
     with pytest.raises(KeyError, match="Wrapper has nothing at"):
-        _core.put_items(layers, where, "other", new)
-    assert "other" in layers[0].lora_A and "other" not in layers[2].lora_A
+        _core.put_items(layers, where, "third", new)
+    assert "third" in layers[0].lora_A and "third" not in layers[2].lora_A
+    with pytest.raises(TypeError, match="int is neither a dict nor an object with a __dict__"):
+        _core.put_items([{"a": 5}], ("a",), "b", [1])
     with pytest.raises(TypeError, match="as many values"):
         _core.put_items(layers, where, "other", new[:2])
-    with pytest.raises(TypeError, match="paths that are tuples"):
-        _core.pop_items(layers, ("lora_A",), "other")
     with pytest.raises(TypeError, match="unhashable"):
         _core.put_items(layers[:1], where, [], new[:1])
+
+
+def test_drop_adapter():
+    layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
+    for layer in layers:
+        layer.r = {"default": 2, "other": 3}
+        layer.lora_E = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2))})
+        layer.lora_dropout = nn.ModuleDict({"default": nn.Identity(), "other": nn.Identity()})
+    layers[1].lora_A["other"] = nn.Linear(2, 2)
+    layers[2]._modules["lora_E"] = None
+    want = [layers[0].r["default"], layers[0].lora_A["default"], layers[0].lora_E["default"]]
+    dropout = layers[0].lora_dropout["default"]
+    fields = ("lora_A", "lora_E", "nothing"), ("r", "lora_dropout"), ("lora_E",)
+    gone, bare = _core.drop_adapter(layers, *fields, "default")
+    assert bare == [0, 2]  # the second holds "other", and so do all as a rank and a dropout, which is not holding
+    assert all(any(one is thing for thing in gone) for one in [*want, dropout])
+    assert layers[0].r == {"other": 3} and list(layers[0].lora_dropout) == ["other"]
+    assert list(layers[1].lora_A) == ["other"] and not layers[0].lora_A and not hasattr(layers[0], "lora_E")
+    assert _core.drop_adapter(layers, *fields, "default") == ([], [0, 2])
+    gone, bare = _core.drop_adapter(layers, *fields, "other")
+    assert bare == [0, 1, 2] and sum(isinstance(one, nn.Linear) for one in gone) == 1
+    assert _core.drop_adapter([], (), (), (), "default") == ([], [])
+
+
+def test_drop_adapter_of_ordered_dicts_and_of_no_layers():
+    layer = nn.Module()
+    layer.lora_A = nn.Module()
+    layer.lora_A._modules = OrderedDict(a=nn.Identity(), b=nn.Identity())
+    gone, bare = _core.drop_adapter([layer], ("lora_A",), (), (), "a")
+    assert len(gone) == 1 and bare == []
+    assert list(layer.lora_A._modules) == ["b"] and len(layer.lora_A._modules) == 1
+    with pytest.raises(TypeError, match="neither a dict nor an object"):
+        _core.drop_adapter([5], ("lora_A",), (), (), "a")
+    with pytest.raises(TypeError, match="three tuples of fields"):
+        _core.drop_adapter([layer], ["lora_A"], (), (), "a")
+    with pytest.raises(TypeError, match="unhashable"):
+        _core.drop_adapter([layer], ("lora_A",), (), (), [])
 
 
 def test_parameters_of_one_adapter():
@@ -319,3 +337,51 @@ def test_own_parameters():
     assert [id(one) for one in found] == [id(one) for one in model.parameters()]
     with pytest.raises(TypeError, match="list of modules"):
         _core.own_parameters(model)
+
+
+# ------------------------------------------------------------------------ eval
+
+
+class OwnWay(nn.Module):
+    def train(self, mode: bool = True) -> OwnWay:
+        self.called = mode
+        return self
+
+
+KINDS = {nn.Sequential: 0, nn.Linear: 0, nn.ModuleDict: 0, Wrapper: 1}
+
+
+def test_put_in_eval():
+    model = nn.Sequential(nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), OwnWay(), nn.Sequential(nn.Linear(1, 1)))
+    model.register_module("none", None)
+    asked = []
+    _core.put_in_eval(model, dict(KINDS), lambda cls: asked.append(cls) or 2)
+    assert asked == [OwnWay] and model[2].called is False and model[2].training is True
+    assert not any(module.training for module in model.modules() if type(module) is not OwnWay)
+
+
+def test_put_in_eval_passes_over_layers_that_sleep():
+    layer = Wrapper(nn.Linear(2, 2)).eval()
+    layer.lora_A.train()
+    layer.base_layer.train()
+    _core.put_in_eval(layer, KINDS, print)
+    assert layer.lora_A.training and not layer.base_layer.training
+    layer._awake = True
+    _core.put_in_eval(layer, KINDS, print)
+    assert not layer.lora_A.training
+    layer.train()
+    _core.put_in_eval(layer, KINDS, print)
+    assert not any(module.training for module in layer.modules())
+
+
+def test_put_in_eval_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="no torch module"):
+        _core.put_in_eval(Exception(), {Exception: 0}, print)
+    with pytest.raises(ValueError, match="a Linear is plain"):
+        _core.put_in_eval(nn.Linear(1, 1), {}, lambda cls: 7)
+    with pytest.raises(TypeError, match="a dict of kinds"):
+        _core.put_in_eval(nn.Linear(1, 1), (), print)
+    top = nn.Sequential()
+    top.append(top)
+    with pytest.raises(RecursionError):
+        _core.put_in_eval(top, KINDS, print)
