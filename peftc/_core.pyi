@@ -180,6 +180,9 @@ def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""
 
 def modules_like(templates: list[_T], /) -> list[_T]: ...
+def trees_like(templates: list[_T], /) -> list[_T]:
+    """As modules_like, but the children of each are new, too."""
+
 def set_requires_grad(parameters: list[Any] | tuple[Any, ...], flag: bool, /) -> None: ...
 def walk_modules(
     root: Any, leads: dict[type, tuple[str, ...]], find: Callable[[type], tuple[str, ...]], /
@@ -190,7 +193,9 @@ def walk_modules(
 def put_in_eval(root: Any, kinds: dict[type, int], ask: Callable[[type], int], /) -> None:
     """root.eval(); kinds: 0 for classes whose train() is torch's, 1 for adapted layers, 2 for a train() to be called."""
 
-def put_items(objects: list[Any], path: tuple[str, ...], key: str, values: list[Any], /) -> None: ...
+def put_items(objects: list[Any], puts: tuple[tuple[tuple[str, ...], str, Any], ...], /) -> None:
+    """Set items in each object; puts are (path, key, a list of a value for each or one for all)."""
+
 def own_parameters(modules: list[Any], /) -> list[Any]: ...
 def parameters_of(layers: list[Any], fields: tuple[str, ...], name: str, /) -> list[Any]:
     """One adapter's parameters in each layer's children called `fields`."""

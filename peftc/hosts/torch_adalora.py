@@ -9,7 +9,7 @@ from .. import _core
 from .torch_layers import AdaptedLayer, dropout_modules, transposed
 from .torch_lora import LoraLayer
 from .torch_lowrank import fresh, runs_eagerly
-from .torch_stamps import ModuleDict, ParameterDict, parameter, put_parameters
+from .torch_stamps import ModuleDict, ParameterDict, parameters, puts_of
 
 
 class AdaLoraLayer(LoraLayer):
@@ -34,12 +34,19 @@ class AdaLoraLayer(LoraLayer):
     @classmethod
     def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
         _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
-        for field, values in (("r", ranks), ("lora_alpha", alphas), ("scaling", scalings)):
-            _core.put_items(layers, (field,), name, values)
-        dropouts = dropout_modules(config.lora_dropout, layers)
-        _core.put_items(layers, ("_modules", "lora_dropout", "_modules"), name, dropouts)
+        made: list[Any] = []
         for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
-            put_parameters(layers, field, name, [parameter(own[field]) for own in tensors])
+            made += puts_of(field, name, parameters([own[field] for own in tensors]))
+        _core.put_items(
+            layers,
+            (
+                (("r",), name, ranks),
+                (("lora_alpha",), name, alphas),
+                (("scaling",), name, scalings),
+                (("_modules", "lora_dropout", "_modules"), name, dropout_modules(config.lora_dropout, layers)),
+                *made,
+            ),
+        )
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -1,6 +1,6 @@
 """One adapter on a torch model: the layers that it is in, and its tensors, put into them and taken out by the hundred."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ class Adapter:
         self.trainable = False
         #: (module's name, layer) of each adapted layer, in the model's order
         self.layers: list[tuple[str, AdaptedLayer]] = []
-        #: (state-dict key, layer, parameter) of each tensor in the state dict
-        self.keys: list[tuple[str, AdaptedLayer, str]] = []
+        #: state-dict key, layer and parameter of each tensor in the state dict; three lists, for lists are few objects
+        self._keys: tuple[list[str], list[AdaptedLayer], list[str]] = [], [], []
         #: (module's name, wrapper) of modules_to_save
         self.saved: list[tuple[str, SavedModule]] = []
         #: (state-dict key, base module, parameter's name, the values that are not in effect) of biases it trains
@@ -48,14 +48,28 @@ class Adapter:
     def enlist(self, rows: Sequence[Any]) -> None:
         """Note where the tensors are that the core's layout has `rows` of, those inside a layer's base layer too."""
         layer_of = dict(self.layers)
+        rows = [row for row in rows if row[6]]
+        if all(cls.part is AdaptedLayer.part for cls in _classes(list(layer_of.values()))):
+            self._keys = [row[0] for row in rows], [layer_of[row[1]] for row in rows], [row[2] for row in rows]
+            return
         inside: dict[str, AdaptedLayer] = {}
-        for key, path, parameter, _, _, _, saved, _ in rows:
-            if saved:
-                layer, below, own = layer_of[path].part(parameter)
-                self.keys.append((key, layer, own))
-                if below:
-                    inside[path + below] = layer
+        keys = []
+        for key, path, parameter, *_ in rows:
+            layer, below, own = layer_of[path].part(parameter)
+            keys.append((key, layer, own))
+            if below:
+                inside[path + below] = layer
+        self.set_rows(keys)
         self.layers += inside.items()
+
+    def rows(self) -> Iterator[tuple[str, AdaptedLayer, str]]:
+        """(state-dict key, layer, parameter) of each tensor in the state dict."""
+        return zip(*self._keys, strict=True)
+
+    def set_rows(self, rows: Iterable[tuple[str, AdaptedLayer, str]]) -> None:
+        """Let `rows` be these."""
+        rows = list(rows)
+        self._keys = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
     def parameters(self) -> list[Any]:
         """Its trainable parameters in the adapted layers."""
@@ -67,7 +81,7 @@ class Adapter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """state-dict key → parameter of what is in the adapted layers."""
-        return {key: tensor_of(layer, parameter, self.name) for key, layer, parameter in self.keys}
+        return {key: tensor_of(layer, parameter, self.name) for key, layer, parameter in self.rows()}
 
     def drop(self) -> list[tuple[str, AdaptedLayer]]:
         """Take everything of the adapter out of its layers; returns those of `layers` that hold no adapter now."""
@@ -94,26 +108,47 @@ def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:
 
 
 def tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """module's name → parameter → tensor over the arena (or a copy of it on the base layer's device)."""
+    """module's name → parameter → tensor over the arena (or a copy of it on the base layer's device).
+
+    No tensor is a view of another as autograd sees it: each has a version of its own, so that writing to one parameter says
+    nothing of the others.
+    """
     memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
+    alike: dict[Any, list[Any]] = {}
+    for row in rows:
+        alike.setdefault((row[2], row[3], row[4]), []).append(row)
+    result: dict[str, dict[str, torch.Tensor]] = {row[1]: {} for row in rows}
     flat: dict[str, torch.Tensor] = {}
-    strides_of: dict[tuple[int, ...], tuple[int, ...]] = {}
-    result: dict[str, dict[str, torch.Tensor]] = {}
-    for _, module, parameter, dtype, shape, offset, _, _ in rows:
+    for (parameter, dtype, shape), group in alike.items():
         whole = flat.get(dtype)
         if whole is None:
             kind = FROM_NAME[dtype]
             whole = flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
-        strides = strides_of.get(shape)
-        if strides is None:
-            strides = strides_of[shape] = _packed_strides(shape)
-        result.setdefault(module, {})[parameter] = whole.as_strided(shape, strides, offset // whole.itemsize)
-    cpu = torch.device("cpu")
+        for row, tensor in zip(group, _pieces(whole, shape, [row[5] for row in group]), strict=True):
+            result[row[1]][parameter] = tensor
     for module, tensors in result.items():
+        weight = modules[module]._parameters.get("weight")
+        if weight is not None and weight.is_cpu:
+            continue
         device = home_of(modules[module])
-        if device != cpu:
+        if device.type != "cpu":
             result[module] = {parameter: tensor.to(device) for parameter, tensor in tensors.items()}
     return result
+
+
+def _pieces(whole: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> Sequence[torch.Tensor]:
+    """Tensors of one shape over a flat one, at these places (in bytes)."""
+    first, count, strides = offsets[0] // whole.itemsize, len(offsets), _packed_strides(shape)
+    rows = shape[0] if shape else 0
+    size = rows * strides[0] * whole.itemsize if shape else 0
+    if size and offsets == list(range(offsets[0], offsets[0] + count * size, size)):
+        together = whole.as_strided((count * rows, *shape[1:]), strides, first)
+        return together.unsafe_split(rows)
+    made = []
+    for offset in offsets:
+        tensor = whole.new_empty(0)
+        made.append(tensor.set_(whole.untyped_storage(), offset // whole.itemsize, shape, strides))
+    return made
 
 
 def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from .torch_layers import AdaptedLayer
 from .torch_lora import Linear, LoraLayer
 from .torch_stamps import linear, parameter
-from .torch_wrappers import around, inner, unwrap
+from .torch_wrappers import around, inner
 
 #: what torch's own code asks an attention for: TransformerEncoderLayer computes with these itself where it can
 _OF_BASE = frozenset(
@@ -59,8 +59,8 @@ class MultiheadAttention(LoraLayer):
 
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
-    def _read_extents(self, base: Any) -> None:
-        self.__dict__["in_features"], self.__dict__["out_features"] = base.embed_dim, 3 * base.embed_dim
+    def _extents(self, base: Any) -> tuple[int, int]:
+        return base.embed_dim, 3 * base.embed_dim
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         super().put(name, tensors, slot, config)
@@ -68,7 +68,7 @@ class MultiheadAttention(LoraLayer):
         if out is None:
             children: Any = self.get_base_layer()._modules
             top = children["out_proj"]
-            (out,) = OutProjection.around([top], [unwrap(top)], self._peftc)
+            (out,) = OutProjection.around([top], self._peftc)
             children["out_proj"] = out
         out.put(name, {field: tensors[_OUT + field] for field in ("lora_A", "lora_B")}, slot, config)
 

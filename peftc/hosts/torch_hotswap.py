@@ -158,7 +158,7 @@ def _carry_out(registry: Any, old: Any, new: Any, swaps: list[Any]) -> None:
     for (_, wrapper), _ in zip(old.saved, new.saved, strict=True):
         wrapper.copies()[name].load_state_dict(wrapper.copies()[incoming].state_dict())
     own = {id(layer): mine[path] for path, layer in theirs.items()}
-    old.keys = [(key, own[id(layer)], *rest) for key, layer, *rest in new.keys]
+    old.set_rows((key, own[id(layer)], parameter) for key, layer, parameter in new.rows())
     old.embeddings = new.embeddings
 
 

@@ -7,7 +7,7 @@ import torch
 
 from .. import _core
 from .torch_layers import AdaptedLayer, transposed
-from .torch_stamps import ParameterDict, parameter, put_parameters
+from .torch_stamps import ParameterDict, parameters, puts_of
 from .torch_tree import kind_of
 
 
@@ -28,8 +28,8 @@ class IA3Layer(AdaptedLayer):
 
     @classmethod
     def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
-        put_parameters(layers, "ia3_l", name, [parameter(own["ia3_l"]) for own in tensors])
-        _core.put_items(layers, ("_feedforward",), name, [slot[5] for slot in slots])
+        vectors = puts_of("ia3_l", name, parameters([own["ia3_l"] for own in tensors]))
+        _core.put_items(layers, (*vectors, (("_feedforward",), name, [slot[5] for slot in slots])))
 
     def _get_name(self) -> str:
         kind = kind_of(self.get_base_layer())

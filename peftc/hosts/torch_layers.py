@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import _core
-from .torch_stamps import containers, registries_on_demand, stamp, template
+from .torch_stamps import empty, registries_on_demand, stamp, template
 
 
 class Switch:
@@ -48,11 +48,11 @@ def dropout_module(p: float, training: bool, switch: Switch) -> nn.Module:
     return switch.no_dropout
 
 
-def dropout_modules(p: float, layers: list[Any]) -> list[nn.Module]:
-    """`dropout_module` for each of these layers of one model."""
+def dropout_modules(p: float, layers: list[Any]) -> list[nn.Module] | nn.Module:
+    """`dropout_module` for each of these layers of one model, or one for all."""
     if p > 0.0:
         return [dropout_module(p, layer.training, layer._peftc) for layer in layers]
-    return [dropout_module(p, layers[0].training, layers[0]._peftc)] * len(layers)
+    return dropout_module(p, layers[0].training, layers[0]._peftc)
 
 
 _EXTENTS = (
@@ -87,17 +87,11 @@ class AdaptedLayer(nn.Module):
     later_containers: dict[str, Any] = {}  # noqa: RUF012
 
     @classmethod
-    def around(cls, bases: Sequence[nn.Module], inner: Sequence[nn.Module], switch: Switch) -> list[Any]:
-        """Layers without adapters around `bases`, whose innermost base layers are `inner`."""
-        layers = _core.modules_like([template(cls, cls._template)] * len(bases))
-        training = [base.training for base in bases]
-        _core.put_items(layers, ("_modules",), "base_layer", list(bases))
-        for field, kind in cls.first_containers:
-            _core.put_items(layers, ("_modules",), field, containers(kind, training))
-        _core.put_items(layers, (), "_peftc", [switch] * len(bases))
-        _core.put_items(layers, (), "training", training)
-        for layer, base in zip(layers, inner, strict=True):
-            layer._read_extents(base)
+    def around(cls, bases: Sequence[nn.Module], switch: Switch) -> list[Any]:
+        """Layers without adapters around `bases`."""
+        by_mode = [template((cls, mode), lambda m=mode: cls._template(m)) for mode in (False, True)]
+        layers = _core.trees_like([by_mode[base.training] for base in bases])
+        _core.put_items(layers, ((("_modules",), "base_layer", list(bases)), ((), "_peftc", switch)))
         return layers
 
     @classmethod
@@ -114,9 +108,13 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def _template(cls) -> "AdaptedLayer":
+    def _template(cls, training: bool) -> "AdaptedLayer":
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        layer.training = training
+        layer._modules["base_layer"] = None  # the first, as in PEFT's layers
+        for field, kind in cls.first_containers:
+            layer._modules[field] = empty(kind, training)
         for field in cls.other_param_names:
             if field not in dict(cls.first_containers):
                 layer.__dict__[field] = {}
@@ -127,15 +125,16 @@ class AdaptedLayer(nn.Module):
         if make is not None and "_modules" in self.__dict__ and name not in self._modules:
             child = self._modules[name] = make()
             child.__dict__["training"] = self.training
+        if name in ("in_features", "out_features") and "_modules" in self.__dict__:
+            extents = self._extents(self.get_base_layer())
+            if extents is not None:
+                return extents[name == "out_features"]
         return super().__getattr__(name)
 
-    def _read_extents(self, base: Any) -> None:
-        """in_features and out_features, as PEFT's layers have them."""
-        theirs, mine = base.__dict__, self.__dict__
-        for one, other in _EXTENTS:
-            if one in theirs:
-                mine["in_features"], mine["out_features"] = theirs[one], theirs[other]
-                return
+    def _extents(self, base: Any) -> tuple[int, int] | None:
+        """in_features and out_features, which PEFT's layers have; None if the base layer has nothing of the kind."""
+        theirs = base.__dict__
+        return next(((theirs[one], theirs[other]) for one, other in _EXTENTS if one in theirs), None)
 
     # ---------------------------------------------------------------- adapters
 

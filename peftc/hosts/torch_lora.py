@@ -16,7 +16,17 @@ from torch.compiler import is_compiling
 from .. import _core
 from .torch_layers import AdaptedLayer, Rows, dropout_module, dropout_modules, transposed
 from .torch_lowrank import add_lowrank, add_plain, runs_eagerly
-from .torch_stamps import ModuleDict, linear, linears, module_dict, parameter, parameter_dict, put_parameter, stamp
+from .torch_stamps import (
+    ModuleDict,
+    linear,
+    linears,
+    module_dict,
+    parameter,
+    parameter_dict,
+    parameters,
+    put_parameter,
+    stamp,
+)
 
 #: Which axis of a factor is its rank.
 RANK_AXIS = types.MappingProxyType({"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1})
@@ -178,22 +188,22 @@ class Linear(LoraLayer):
         if any(len(own) != 2 for own in tensors):  # a magnitude, a bias, initial factors
             super().put_all(layers, name, tensors, slots, config)
             return
-        count, training = len(layers), [layer.training for layer in layers]
+        training = [layer.training for layer in layers]
         _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
-        for field, values in (
-            ("r", ranks),
-            ("lora_alpha", alphas),
-            ("scaling", scalings),
-            ("use_dora", [False] * count),
-            ("lora_bias", [False] * count),
-        ):
-            _core.put_items(layers, (field,), name, values)
-        for field, children in (
-            ("lora_dropout", dropout_modules(config.lora_dropout, layers)),
-            ("lora_A", linears([parameter(own["lora_A"]) for own in tensors], training)),
-            ("lora_B", linears([parameter(own["lora_B"]) for own in tensors], training)),
-        ):
-            _core.put_items(layers, ("_modules", field, "_modules"), name, children)
+        a, b = (linears(parameters([own[field] for own in tensors]), training) for field in ("lora_A", "lora_B"))
+        _core.put_items(
+            layers,
+            (
+                (("r",), name, ranks),
+                (("lora_alpha",), name, alphas),
+                (("scaling",), name, scalings),
+                (("use_dora",), name, False),
+                (("lora_bias",), name, False),
+                (("_modules", "lora_dropout", "_modules"), name, dropout_modules(config.lora_dropout, layers)),
+                (("_modules", "lora_A", "_modules"), name, a),
+                (("_modules", "lora_B", "_modules"), name, b),
+            ),
+        )
 
     def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         children = self._modules

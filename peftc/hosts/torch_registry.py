@@ -22,7 +22,7 @@ from .torch_adapter import Adapter, tensor_of, tensors_by_module
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of
 from .torch_tree import describe, kind_of, walk
-from .torch_wrappers import place, place_of, take_out, unwrap
+from .torch_wrappers import leads, place, place_of, take_out, unwrap
 
 _LAYERS: dict[str, Any] = {
     "LORA": {**torch_lora.LAYERS, "MultiheadAttention": torch_attention.MultiheadAttention},
@@ -230,8 +230,11 @@ class TorchRegistry:
         new: dict[Any, list[tuple[str, Any, str, Any]]] = {}  # by class
         for path, *_ in slots:
             above, _, key = path.rpartition(".")
-            parent, key = place(modules[above], key)
+            parent = modules[above]
             top = parent._modules[key]
+            if leads.get(type(top)) != ():
+                parent, key = place(parent, key)
+                top = parent._modules[key]
             kind = kind_of(modules[path])
             if kind == "MultiheadAttention" and any(slot[0] == f"{path}.out_proj" for slot in slots):
                 raise ValueError(
@@ -245,7 +248,7 @@ class TorchRegistry:
         splices: list[tuple[Any, str, Any]] = []
         for cls, places in new.items():
             paths, parents, keys, tops = zip(*places, strict=True)
-            made = cls.around(tops, [modules[path] for path in paths], self.switch)
+            made = cls.around(tops, self.switch)
             layers.update(zip(paths, made, strict=True))
             splices += zip(parents, keys, made, strict=True)
         return list(layers.items()), splices
@@ -527,7 +530,7 @@ class TorchRegistry:
         adapter = self._adapters[name]
         where = {id(module): path for path, module in self.model.named_modules()}
         rows: list[tuple[str, str, Any, bool, bool, str]] = []
-        for key, layer, parameter in adapter.keys:
+        for key, layer, parameter in adapter.rows():
             field, _, part = parameter.partition(".")
             tensor = tensor_of(layer, parameter, name)
             inner = layer._modules[field]._modules.get(name)

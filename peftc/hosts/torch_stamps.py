@@ -4,7 +4,6 @@ A module keeps a dozen registries (of hooks, mostly) that are empty in nearly ev
 get each of them when something first asks for it; making a module is several times cheaper for that.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,17 +77,16 @@ def stamp(key: Any, make: Any) -> Any:
     return _core.module_like(template(key, make))
 
 
-def containers(kind: type[nn.Module], training: Iterable[bool]) -> list[Any]:
-    """Empty ModuleDicts or ParameterDicts, one for each mode."""
-    by_mode = [template((kind, mode), lambda m=mode: kind().train(m)) for mode in (False, True)]
-    return _core.modules_like([by_mode[mode] for mode in training])
+def empty(kind: Any, training: bool) -> nn.Module:
+    """A template of an empty ModuleDict or ParameterDict."""
+    return template((kind, training), lambda: kind().train(training))
 
 
 def linears(parameters: list[nn.Parameter], training: list[bool]) -> list[Any]:
     """A Linear without bias over each parameter (out, in)."""
     templates = [_linear(p.shape, mode) for p, mode in zip(parameters, training, strict=True)]
     made = _core.modules_like(templates)
-    _core.put_items(made, ("_parameters",), "weight", parameters)
+    _core.put_items(made, ((("_parameters",), "weight", parameters),))
     return made
 
 
@@ -119,12 +117,19 @@ def put_parameter(container: nn.ParameterDict, name: str, parameter: nn.Paramete
     container._parameters[name] = parameter
 
 
-def put_parameters(layers: list[Any], field: str, name: str, parameters: list[nn.Parameter]) -> None:
-    """`put_parameter` for the ParameterDict called `field` of each layer."""
-    _core.put_items(layers, ("_modules", field, "_keys"), name, [None] * len(layers))
-    _core.put_items(layers, ("_modules", field, "_parameters"), name, parameters)
+def puts_of(field: str, name: str, parameters: list[nn.Parameter]) -> tuple[Any, ...]:
+    """What `_core.put_items` is to do for a `put_parameter` on the ParameterDict called `field` of each layer."""
+    return (("_modules", field, "_keys"), name, None), (("_modules", field, "_parameters"), name, parameters)
 
 
-def parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
-    """A Parameter over the tensor's own memory."""
-    return torch.Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
+def parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """The tensor, which nobody else has, as a Parameter."""
+    made: nn.Parameter = parameters([tensor])[0]
+    return made
+
+
+def parameters(tensors: list[torch.Tensor]) -> list[Any]:
+    """These tensors, which nobody else has, as Parameters."""
+    for tensor in tensors:
+        tensor.__class__ = nn.Parameter  # as torch's own UninitializedParameter does; a copy would cost five times that
+    return tensors

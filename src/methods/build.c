@@ -26,15 +26,14 @@ static pc_status check_name(const char *name, size_t len, pc_error *err)
     return PC_OK;
 }
 
-/* Give the tensor its place; every product and sum is checked. */
-static pc_status place(draft *d, pc_tensor *tensor, const pc_module *module, pc_error *err)
+/* The tensor's size, and what all take together; every product and sum is checked. */
+static pc_status measure(draft *d, pc_tensor *tensor, const pc_module *module, pc_error *err)
 {
     size_t count = pc_dtype_size(tensor->dtype);
     bool fits = true;
     for (int i = 0; i < tensor->ndim; i++)
         fits = fits && tensor->shape[i] >= 0 && pc_mul_size(count, (size_t)tensor->shape[i], &count);
     tensor->nbytes = count;
-    tensor->offset = d->bytes;
     fits = fits && count <= PTRDIFF_MAX - (size_t)PC_ALIGNMENT && pc_add_size(d->bytes, pc_align_up(count), &d->bytes) &&
            d->bytes <= PTRDIFF_MAX;
     return fits ? PC_OK
@@ -51,7 +50,7 @@ static pc_status add_slot(draft *d, pc_slot_plan *plan, int32_t index, const pc_
         pc_tensor *tensor = &d->tensors[d->tensor_count++];
         *tensor = plan->tensors[i];
         tensor->module = index;
-        pc_status status = place(d, tensor, module, err);
+        pc_status status = measure(d, tensor, module, err);
         if (status != PC_OK)
             return status;
     }
@@ -130,6 +129,54 @@ static pc_status plan_all(draft *d, const pc_method *method, const pc_config *co
     return status;
 }
 
+/* Tensors that are alike: same role, dtype and shape. */
+typedef struct alike {
+    int32_t role, dtype, ndim, padding;
+    int64_t shape[PC_TENSOR_DIMS];
+} alike;
+
+/* Give each tensor its place: those that are alike lie side by side, in their order.  A host makes its own tensors of
+ * all of them in one call then, and what stays zero (LoRA's B) shares no pages with what is written. */
+static pc_status lay_out(const draft *d, pc_error *err)
+{
+    const size_t none = SIZE_MAX;
+    alike *keys = pc_calloc(d->tensor_count, sizeof *keys);
+    size_t *next = pc_calloc(d->tensor_count, sizeof *next); /* of the same group */
+    size_t *last = pc_calloc(d->tensor_count, sizeof *last); /* by a group's first tensor */
+    bool *begins = pc_calloc(d->tensor_count, sizeof *begins);
+    pc_strmap groups; /* key → first tensor */
+    pc_strmap_init(&groups);
+    bool good = keys != NULL && next != NULL && last != NULL && begins != NULL;
+    for (size_t i = 0; good && i < d->tensor_count; i++) {
+        const pc_tensor *tensor = &d->tensors[i];
+        keys[i] = (alike){.role = tensor->role, .dtype = (int32_t)tensor->dtype, .ndim = tensor->ndim};
+        for (int dim = 0; dim < tensor->ndim; dim++)
+            keys[i].shape[dim] = tensor->shape[dim];
+        size_t first;
+        next[i] = none;
+        if (pc_strmap_get(&groups, (const char *)&keys[i], sizeof *keys, &first)) {
+            next[last[first]] = i;
+            last[first] = i;
+        } else {
+            begins[i] = true;
+            last[i] = i;
+            good = pc_strmap_put(&groups, (const char *)&keys[i], sizeof *keys, i);
+        }
+    }
+    size_t at = 0;
+    for (size_t i = 0; good && i < d->tensor_count; i++)
+        for (size_t t = begins[i] ? i : none; t != none; t = next[t]) {
+            d->tensors[t].offset = at;
+            at += pc_align_up(d->tensors[t].nbytes); /* the sum was checked */
+        }
+    pc_strmap_free(&groups);
+    pc_free(begins);
+    pc_free(last);
+    pc_free(next);
+    pc_free(keys);
+    return good ? PC_OK : pc_fail_nomem(err, "an adapter's plan");
+}
+
 static bool fill_tables(pc_adapter *adapter, const draft *d, size_t module_count)
 {
     adapter->slots = pc_pool_array(&adapter->pool, d->slot_count, sizeof *adapter->slots);
@@ -206,6 +253,8 @@ pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_
         status = d.slots != NULL && d.tensors != NULL ? plan_all(&d, method, config, &copies, modules, match, err)
                                                       : pc_fail_nomem(err, "an adapter's plan");
     }
+    if (status == PC_OK)
+        status = lay_out(&d, err);
     if (status == PC_OK)
         status = finish(&d, method, name, name_len, config, modules->count, out, err);
     pc_base_copies_free(&copies);

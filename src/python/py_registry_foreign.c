@@ -90,20 +90,38 @@ int registry_describe_foreign(PyObject *row, pc_module *entry)
 
 /* ---------------------------------------------------------------------- layout */
 
-static PyObject *tensor_row(const pc_registry *core, const pc_adapter *adapter, const pc_tensor *tensor, pc_pool *pool)
+/* Python objects that many rows have in common: made once. */
+#define SHAPES 16
+
+typedef struct common {
+    PyObject *shapes[SHAPES]; /* tuples, and … */
+    pc_tensor like[SHAPES];   /* … tensors of those shapes */
+    size_t next_shape;
+    PyObject *module; /* the name of the module of the row before */
+    int32_t module_index;
+} common;
+
+static void clear_common(common *c)
 {
-    const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)core)->items[tensor->module];
-    pc_string key;
-    pc_error err;
-    if (pc_tensor_name(core, adapter, tensor, false, pool, &key, &err) != PC_OK)
-        return PyErr_NoMemory();
-    const char *role = tensor->role == PC_ROLE_BASE_BIAS ? "bias" : "";
-    for (size_t i = 0; i < adapter->method->role_count; i++)
-        if (adapter->method->roles[i].role == tensor->role)
-            role = adapter->method->roles[i].parameter;
-    const char *suffix = strrchr(key.text, '.');
-    if (strcmp(role, "lora_B") == 0 && suffix != NULL && strcmp(suffix, ".bias") == 0)
-        role = "lora_B.bias";
+    for (size_t i = 0; i < SHAPES; i++)
+        Py_XDECREF(c->shapes[i]);
+    Py_XDECREF(c->module);
+}
+
+static bool same_shape(const pc_tensor *a, const pc_tensor *b)
+{
+    bool same = a->ndim == b->ndim;
+    for (int d = 0; same && d < a->ndim; d++)
+        same = a->shape[d] == b->shape[d];
+    return same;
+}
+
+/* The tensor's shape as a tuple; a new reference. */
+static PyObject *shape_of(common *c, const pc_tensor *tensor)
+{
+    for (size_t i = 0; i < SHAPES; i++)
+        if (c->shapes[i] != NULL && same_shape(&c->like[i], tensor))
+            return Py_NewRef(c->shapes[i]);
     PyObject *shape = PyTuple_New(tensor->ndim);
     for (int d = 0; shape != NULL && d < tensor->ndim; d++) {
         PyObject *extent = PyLong_FromLongLong(tensor->shape[d]);
@@ -112,25 +130,91 @@ static PyObject *tensor_row(const pc_registry *core, const pc_adapter *adapter, 
         else
             PyTuple_SET_ITEM(shape, d, extent);
     }
-    if (shape == NULL)
-        return NULL;
-    return Py_BuildValue("(s#s#ssNnOO)", key.text, (Py_ssize_t)key.len, module->name, (Py_ssize_t)module->name_len,
-                         role, pc_dtype_get(tensor->dtype)->name, shape, (Py_ssize_t)tensor->offset,
-                         tensor->in_state_dict ? Py_True : Py_False, tensor->trainable ? Py_True : Py_False);
+    if (shape != NULL) {
+        Py_XSETREF(c->shapes[c->next_shape], Py_NewRef(shape));
+        c->like[c->next_shape] = *tensor;
+        c->next_shape = (c->next_shape + 1) % SHAPES;
+    }
+    return shape;
 }
 
-static PyObject *slot_row(const pc_registry *core, const pc_slot *slot)
+/* A module's name; a new reference. */
+static PyObject *module_name(common *c, const pc_registry *core, int32_t index)
 {
-    const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)core)->items[slot->module];
-    return Py_BuildValue("(s#OLddO)", module->name, (Py_ssize_t)module->name_len, slot->adapts ? Py_True : Py_False,
-                         (long long)slot->rank, slot->alpha, slot->scaling, slot->feedforward ? Py_True : Py_False);
+    if (c->module == NULL || c->module_index != index) {
+        const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)core)->items[index];
+        Py_XSETREF(c->module, PyUnicode_FromStringAndSize(module->name, (Py_ssize_t)module->name_len));
+        c->module_index = index;
+    }
+    return Py_XNewRef(c->module);
+}
+
+/* What the host calls the tensor. */
+static const char *parameter_name(const pc_adapter *adapter, const pc_tensor *tensor, const char *key)
+{
+    const char *role = tensor->role == PC_ROLE_BASE_BIAS ? "bias" : "";
+    for (size_t i = 0; i < adapter->method->role_count; i++)
+        if (adapter->method->roles[i].role == tensor->role)
+            role = adapter->method->roles[i].parameter;
+    const char *suffix = strrchr(key, '.');
+    return strcmp(role, "lora_B") == 0 && suffix != NULL && strcmp(suffix, ".bias") == 0 ? "lora_B.bias" : role;
+}
+
+/* A tuple of new references, which are given back if one is NULL. */
+static PyObject *pack(PyObject **items, Py_ssize_t count)
+{
+    PyObject *tuple = PyTuple_New(count);
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (items[i] == NULL)
+            Py_CLEAR(tuple);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (tuple != NULL)
+            PyTuple_SET_ITEM(tuple, i, items[i]);
+        else
+            Py_XDECREF(items[i]);
+    }
+    return tuple;
+}
+
+static PyObject *tensor_row(const pc_registry *core, const pc_adapter *adapter, const pc_tensor *tensor, pc_pool *pool,
+                            common *c)
+{
+    pc_string key;
+    pc_error err;
+    if (pc_tensor_name(core, adapter, tensor, false, pool, &key, &err) != PC_OK)
+        return PyErr_NoMemory();
+    PyObject *items[] = {
+        PyUnicode_FromStringAndSize(key.text, (Py_ssize_t)key.len),
+        module_name(c, core, tensor->module),
+        PyUnicode_InternFromString(parameter_name(adapter, tensor, key.text)),
+        PyUnicode_InternFromString(pc_dtype_get(tensor->dtype)->name),
+        shape_of(c, tensor),
+        PyLong_FromSize_t(tensor->offset),
+        Py_NewRef(tensor->in_state_dict ? Py_True : Py_False),
+        Py_NewRef(tensor->trainable ? Py_True : Py_False),
+    };
+    return pack(items, sizeof items / sizeof *items);
+}
+
+static PyObject *slot_row(const pc_registry *core, const pc_slot *slot, common *c)
+{
+    PyObject *items[] = {
+        module_name(c, core, slot->module),
+        Py_NewRef(slot->adapts ? Py_True : Py_False),
+        PyLong_FromLongLong(slot->rank),
+        PyFloat_FromDouble(slot->alpha),
+        PyFloat_FromDouble(slot->scaling),
+        Py_NewRef(slot->feedforward ? Py_True : Py_False),
+    };
+    return pack(items, sizeof items / sizeof *items);
 }
 
 const char registry_layout_doc[] =
     "layout($self, name, /)\n--\n\n"
     "An adapter as a host that makes its own tensors needs it: (arena, tensors, slots).\n\n"
     "arena is a writable uint8 array over all tensors; it keeps them alive. tensors is a list of (state-dict key, "
-    "module, parameter, dtype, shape, offset in bytes, in the state dict?, trainable?), slots one of (module, "
+    "module, parameter, dtype, shape, offset in bytes, in the state dict?, trainable?), where those of one parameter, dtype "
+    "and shape lie side by side (each begins at a multiple of 64 bytes), slots one of (module, "
     "adapts?, rank, alpha, scaling, feedforward?).";
 
 PyObject *registry_layout(PyObject *op, PyObject *arg)
@@ -143,6 +227,7 @@ PyObject *registry_layout(PyObject *op, PyObject *arg)
     pc_adapter_retain(adapter);
     pc_pool pool;
     pc_pool_init(&pool);
+    common c = {.module = NULL};
     npy_intp bytes = (npy_intp)pc_arena_size(adapter->arena);
     PyObject *owner = registry_arena(state, adapter->arena);
     PyObject *arena = owner != NULL
@@ -152,12 +237,12 @@ PyObject *registry_layout(PyObject *op, PyObject *arg)
     PyObject *slots = tensors != NULL ? PyList_New((Py_ssize_t)adapter->slot_count) : NULL;
     bool made = slots != NULL;
     for (size_t i = 0; made && i < adapter->tensor_count; i++) {
-        PyObject *row = tensor_row(self->core, adapter, &adapter->tensors[i], &pool);
+        PyObject *row = tensor_row(self->core, adapter, &adapter->tensors[i], &pool, &c);
         made = row != NULL;
         PyList_SET_ITEM(tensors, (Py_ssize_t)i, row);
     }
     for (size_t i = 0; made && i < adapter->slot_count; i++) {
-        PyObject *row = slot_row(self->core, &adapter->slots[i]);
+        PyObject *row = slot_row(self->core, &adapter->slots[i], &c);
         made = row != NULL;
         PyList_SET_ITEM(slots, (Py_ssize_t)i, row);
     }
@@ -166,6 +251,7 @@ PyObject *registry_layout(PyObject *op, PyObject *arg)
     Py_XDECREF(tensors);
     Py_XDECREF(arena);
     Py_XDECREF(owner);
+    clear_common(&c);
     pc_pool_free(&pool);
     pc_adapter_release(adapter);
     return result;

@@ -21,18 +21,46 @@ static PyObject *own_value(PyObject *value)
     return Py_NewRef(value);
 }
 
-/* An object of the template's type whose __dict__ is made from `items`, the template's. */
-static PyObject *stamp(PyObject *template, PyObject *items, PyObject *no_args)
+static PyObject *items_of(PyObject *template);
+static PyObject *stamp(PyObject *template, PyObject *items, PyObject *no_args, PyObject *modules);
+
+/* A dict of children, each a new one like that of the template. */
+static PyObject *own_children(PyObject *children, PyObject *no_args, PyObject *modules)
+{
+    PyObject *own = own_value(children), *key, *child;
+    Py_ssize_t at = 0;
+    while (own != NULL && PyDict_Next(children, &at, &key, &child)) {
+        if (child == Py_None)
+            continue;
+        PyObject *items = items_of(child);
+        PyObject *made = items != NULL ? stamp(child, items, no_args, modules) : NULL;
+        if (made == NULL || (PyDict_CheckExact(own) ? PyDict_SetItem(own, key, made)
+                                                    : PyObject_SetItem(own, key, made)) < 0)
+            Py_CLEAR(own);
+        Py_XDECREF(made);
+        Py_XDECREF(items);
+    }
+    return own;
+}
+
+/* An object of the template's type whose __dict__ is made from `items`, the template's.  What the key `modules` has are
+ * children, which are made anew too; NULL: they are shared. */
+static PyObject *stamp(PyObject *template, PyObject *items, PyObject *no_args, PyObject *modules)
 {
     PyTypeObject *type = Py_TYPE(template);
+    if (Py_EnterRecursiveCall(" while making modules"))
+        return NULL;
     PyObject *dict = PyDict_Copy(items), *made = NULL, *key, *value;
     Py_ssize_t at = 0;
     while (dict != NULL && PyDict_Next(items, &at, &key, &value)) {
-        PyObject *own = own_value(value);
+        const bool tree = modules != NULL && PyDict_Check(value) && PyDict_GET_SIZE(value) > 0 &&
+                          PyUnicode_Check(key) && PyUnicode_Compare(key, modules) == 0;
+        PyObject *own = tree ? own_children(value, no_args, modules) : own_value(value);
         if (own == NULL || (own != value && PyDict_SetItem(dict, key, own) < 0))
             Py_CLEAR(dict);
         Py_XDECREF(own);
     }
+    Py_LeaveRecursiveCall();
     if (dict != NULL)
         made = type->tp_new(type, no_args, NULL);
     if (made != NULL && PyObject_GenericSetDict(made, dict, NULL) < 0)
@@ -64,7 +92,7 @@ static PyObject *module_like(PyObject *module, PyObject *template)
     (void)module;
     PyObject *items = items_of(template), *no_args = PyTuple_New(0), *made = NULL;
     if (items != NULL && no_args != NULL)
-        made = stamp(template, items, no_args);
+        made = stamp(template, items, no_args, NULL);
     Py_XDECREF(items);
     Py_XDECREF(no_args);
     return made;
@@ -75,11 +103,10 @@ PyDoc_STRVAR(modules_like_doc,
              "A list of new objects, one for each of a list of templates, each as module_like(template) makes it.\n\n"
              "Raises TypeError if a template has no __dict__.");
 
-static PyObject *modules_like(PyObject *module, PyObject *templates)
+static PyObject *stamp_all(const char *function, PyObject *templates, PyObject *modules)
 {
-    (void)module;
     if (!PyList_Check(templates)) {
-        PyErr_Format(PyExc_TypeError, "modules_like() takes a list of templates, not %.200s",
+        PyErr_Format(PyExc_TypeError, "%s() takes a list of templates, not %.200s", function,
                      Py_TYPE(templates)->tp_name);
         return NULL;
     }
@@ -91,7 +118,7 @@ static PyObject *modules_like(PyObject *module, PyObject *templates)
             Py_XSETREF(template, Py_NewRef(next));
             Py_XSETREF(items, items_of(template));
         }
-        PyObject *made = items != NULL ? stamp(template, items, no_args) : NULL;
+        PyObject *made = items != NULL ? stamp(template, items, no_args, modules) : NULL;
         good = made != NULL && PyList_Append(list, made) == 0;
         Py_XDECREF(made);
     }
@@ -101,6 +128,26 @@ static PyObject *modules_like(PyObject *module, PyObject *templates)
     Py_XDECREF(items);
     Py_XDECREF(no_args);
     return list;
+}
+
+static PyObject *modules_like(PyObject *module, PyObject *templates)
+{
+    (void)module;
+    return stamp_all("modules_like", templates, NULL);
+}
+
+PyDoc_STRVAR(trees_like_doc,
+             "trees_like(templates, /)\n--\n\n"
+             "A list of new objects as modules_like makes them, but what is in `_modules` is made anew too, and so on below.\n\n"
+             "Raises TypeError if a template has no __dict__, RecursionError if templates contain each other.");
+
+static PyObject *trees_like(PyObject *module, PyObject *templates)
+{
+    (void)module;
+    PyObject *modules = PyUnicode_InternFromString("_modules");
+    PyObject *made = modules != NULL ? stamp_all("trees_like", templates, modules) : NULL;
+    Py_XDECREF(modules);
+    return made;
 }
 
 /* --------------------------------------------------------------------- flags */
@@ -161,6 +208,7 @@ static PyObject *set_requires_grad(PyObject *module, PyObject *const *args, Py_s
 static PyMethodDef functions[] = {
     {"module_like", module_like, METH_O, module_like_doc},
     {"modules_like", modules_like, METH_O, modules_like_doc},
+    {"trees_like", trees_like, METH_O, trees_like_doc},
     {"set_requires_grad", FASTCALL(set_requires_grad), METH_FASTCALL, set_requires_grad_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -41,34 +41,56 @@ static bool check_call(const char *name, bool good, const char *takes)
     return good;
 }
 
+/* One of put_items' puts, checked: (path, key, values). */
+static bool check_put(PyObject *put, Py_ssize_t count)
+{
+    const bool good = PyTuple_Check(put) && PyTuple_GET_SIZE(put) == 3 && PyTuple_Check(PyTuple_GET_ITEM(put, 0)) &&
+                      (!PyList_Check(PyTuple_GET_ITEM(put, 2)) || PyList_GET_SIZE(PyTuple_GET_ITEM(put, 2)) == count);
+    return check_call("put_items", good, "puts (path, key, values), where values are a list as long as the objects', or one value");
+}
+
+static bool put_item(PyObject *object, PyObject *path, PyObject *key, PyObject *value)
+{
+    PyObject *holder = follow(object, path), *dict = NULL;
+    if (holder != NULL)
+        dict = dict_of(holder);
+    else if (!PyErr_Occurred())
+        PyErr_Format(PyExc_KeyError, "%.200s has nothing at %R", Py_TYPE(object)->tp_name, path);
+    const bool good = dict != NULL &&
+                      (PyDict_CheckExact(dict) ? PyDict_SetItem(dict, key, value) : PyObject_SetItem(dict, key, value)) == 0;
+    Py_XDECREF(dict);
+    Py_XDECREF(holder);
+    return good;
+}
+
 PyDoc_STRVAR(put_items_doc,
-             "put_items(objects, path, key, values, /)\n--\n\n"
-             "Of each of a list of objects, set the item `key` of what is at the end of the path to its value of a list as\n"
-             "long.\n\n"
-             "Raises KeyError if there is nothing at the end of the path; the objects before have their values then.");
+             "put_items(objects, puts, /)\n--\n\n"
+             "Set items in each of a list of objects. puts is a tuple of (path, key, values): the item `key` of what is at the\n"
+             "end of the path becomes the object's value of a list as long, or, if values is no list, that.\n\n"
+             "Raises KeyError if there is nothing at the end of a path; what came before is done then.");
 
 static PyObject *put_items(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)module;
-    if (!check_call("put_items",
-                    nargs == 4 && PyList_Check(args[0]) && PyTuple_Check(args[1]) && PyList_Check(args[3]) &&
-                        PyList_GET_SIZE(args[0]) == PyList_GET_SIZE(args[3]),
-                    "a list of objects, a path, a key, and a list of as many values"))
+    if (!check_call("put_items", nargs == 2 && PyList_Check(args[0]) && PyTuple_Check(args[1]),
+                    "a list of objects, and a tuple of puts"))
         return NULL;
+    const Py_ssize_t count = PyList_GET_SIZE(args[0]), puts = PyTuple_GET_SIZE(args[1]);
+    for (Py_ssize_t p = 0; p < puts; p++)
+        if (!check_put(PyTuple_GET_ITEM(args[1], p), count))
+            return NULL;
     bool good = true;
-    for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(args[0]) && i < PyList_GET_SIZE(args[3]); i++) {
-        PyObject *holder = follow(PyList_GET_ITEM(args[0], i), args[1]), *dict = NULL;
-        if (holder != NULL)
-            dict = dict_of(holder);
-        else if (!PyErr_Occurred())
-            PyErr_Format(PyExc_KeyError, "%.200s has nothing at %R", Py_TYPE(PyList_GET_ITEM(args[0], i))->tp_name,
-                         args[1]);
-        PyObject *value = Py_NewRef(PyList_GET_ITEM(args[3], i));
-        good = dict != NULL && (PyDict_CheckExact(dict) ? PyDict_SetItem(dict, args[2], value)
-                                                        : PyObject_SetItem(dict, args[2], value)) == 0;
-        Py_DECREF(value);
-        Py_XDECREF(dict);
-        Py_XDECREF(holder);
+    for (Py_ssize_t i = 0; good && i < count && i < PyList_GET_SIZE(args[0]); i++) {
+        PyObject *object = Py_NewRef(PyList_GET_ITEM(args[0], i));
+        for (Py_ssize_t p = 0; good && p < puts; p++) {
+            PyObject *put = PyTuple_GET_ITEM(args[1], p), *value = PyTuple_GET_ITEM(put, 2);
+            if (PyList_Check(value) && i >= PyList_GET_SIZE(value)) /* a finalizer has changed it */
+                break;
+            value = Py_NewRef(PyList_Check(value) ? PyList_GET_ITEM(value, i) : value);
+            good = put_item(object, PyTuple_GET_ITEM(put, 0), PyTuple_GET_ITEM(put, 1), value);
+            Py_DECREF(value);
+        }
+        Py_DECREF(object);
     }
     if (!good)
         return NULL;

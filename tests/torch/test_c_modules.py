@@ -66,6 +66,29 @@ def test_modules_like_makes_many():
         _core.modules_like([linear, 5])
 
 
+def test_trees_like_makes_children_too():
+    template = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.ReLU()))
+    template.register_module("none", None)
+    one, other = _core.trees_like([template, template])
+    assert str(one) == str(template) and one.none is None and list(one._modules) == ["0", "1", "none"]
+    modules = [*one.modules(), *other.modules(), *template.modules()]
+    assert len({id(module) for module in modules}) == len(modules) == 12
+    assert one[0].weight is other[0].weight is template[0].weight
+    ordered = nn.Module()
+    ordered._modules = OrderedDict(b=nn.ReLU(), a=nn.ReLU())
+    (made,) = _core.trees_like([ordered])
+    assert list(made._modules) == ["b", "a"] and type(made._modules) is OrderedDict
+    assert made.a is not ordered.a and made._modules["b"] is not ordered._modules["b"]
+    with pytest.raises(TypeError, match="list of templates, not Sequential"):
+        _core.trees_like(template)
+    template[1].append(template)
+    with pytest.raises(RecursionError):
+        _core.trees_like([template])
+    template[1]._modules["0"] = 5
+    with pytest.raises(AttributeError, match="__dict__"):
+        _core.trees_like([template])
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_listing_leaves_the_garbage_collector_as_it_was(enabled):
     (gc.enable if enabled else gc.disable)()
@@ -256,24 +279,27 @@ def test_put_items():
     layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
     new = [nn.Identity() for _ in layers]
     where = ("_modules", "lora_A", "_modules")
-    _core.put_items(layers, where, "other", new)
-    _core.put_items(layers, (), "r", [1, 2, 3])
-    assert [layer.r for layer in layers] == [1, 2, 3]
+    _core.put_items(layers, ((where, "other", new), ((), "r", [1, 2, 3]), ((), "shared", new[0])))
+    assert [layer.r for layer in layers] == [1, 2, 3] and all(layer.__dict__["shared"] is new[0] for layer in layers)
     assert [layer.lora_A["other"] for layer in layers] == new and list(layers[0].lora_A) == ["default", "other"]
     ordered = nn.Module()
     ordered._modules = OrderedDict(a=nn.Identity())
-    _core.put_items([ordered], ("_modules",), "b", [new[0]])
+    _core.put_items([ordered], ((("_modules",), "b", [new[0]]),))
     assert list(ordered._modules) == ["a", "b"]
+    _core.put_items([], ((where, "other", []),))
     del layers[1].lora_A
     with pytest.raises(KeyError, match="Wrapper has nothing at"):
-        _core.put_items(layers, where, "third", new)
+        _core.put_items(layers, ((where, "third", new),))
     assert "third" in layers[0].lora_A and "third" not in layers[2].lora_A
     with pytest.raises(TypeError, match="int is neither a dict nor an object with a __dict__"):
-        _core.put_items([{"a": 5}], ("a",), "b", [1])
-    with pytest.raises(TypeError, match="as many values"):
-        _core.put_items(layers, where, "other", new[:2])
+        _core.put_items([{"a": 5}], ((("a",), "b", [1]),))
+    for puts in (((where, "other", new[:2]),), ((list(where), "other", new),), ((where, "other"),), (5,)):
+        with pytest.raises(TypeError, match="as long as"):
+            _core.put_items(layers, puts)
+    with pytest.raises(TypeError, match="a tuple of puts"):
+        _core.put_items(layers, [])
     with pytest.raises(TypeError, match="unhashable"):
-        _core.put_items(layers[:1], where, [], new[:1])
+        _core.put_items(layers[:1], ((where, [], new[:1]),))
 
 
 def test_drop_adapter():

@@ -1,0 +1,115 @@
+"""The tensors of an adapter: views of one block of memory that know nothing of each other."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+
+import peftc
+
+
+class Model(peftc.PeftAdapterMixin, nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+CONFIGS = {
+    "lora": peftc.LoraConfig(target_modules=["0", "1", "2", "head"], init_lora_weights=False),
+    "odd": peftc.LoraConfig(target_modules=["0", "1", "2", "head"], r=3, init_lora_weights=False),
+    "dora": peftc.LoraConfig(target_modules=["0", "1", "2"], use_dora=True, init_lora_weights=False),
+    "ia3": peftc.IA3Config(target_modules=["0", "1", "2", "head"], feedforward_modules=["1"]),
+    "adalora": peftc.AdaLoraConfig(target_modules=["0", "1", "2"], total_step=10),
+}
+
+
+def adapted(method: str, dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    model.add_adapter(copy.deepcopy(CONFIGS[method]))
+    return model
+
+
+def adapter_parameters(model: Model) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "default" in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_one_block_of_disjoint_tensors(method, dtype):
+    found = adapter_parameters(adapted(method, dtype))
+    assert len({p.untyped_storage().data_ptr() for p in found.values()}) == 1
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in found.values())
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    for name, p in found.items():
+        assert type(p) is nn.Parameter and p.is_leaf and not p._is_view() and p.is_contiguous(), name
+        assert p.data_ptr() % 64 == 0, name
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_writing_to_one_says_nothing_of_the_others(method):
+    found = adapter_parameters(adapted(method))
+    before = {name: (p._version, p.detach().clone()) for name, p in found.items()}
+    first = next(iter(found))
+    with torch.no_grad():
+        found[first].add_(1)
+    for name, p in found.items():
+        version, values = before[name]
+        assert (p._version != version) is (name == first), name
+        assert torch.equal(p, values + 1 if name == first else values), name
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_each_parameter_may_be_stepped_in_the_backward_pass(method):
+    """Optimizers that save memory step a parameter as soon as its gradient is there, before the others have theirs."""
+    model, other = adapted(method), adapted(method)
+    x = torch.randn(4, 16)
+    stepped = []
+
+    def step(parameter):
+        with torch.no_grad():
+            parameter -= 0.1 * parameter.grad
+        stepped.append(parameter)
+
+    for parameter in adapter_parameters(model).values():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(step)
+    model(x).square().sum().backward()
+    other(x).square().sum().backward()
+    assert stepped
+    for name, parameter in adapter_parameters(other).items():
+        if parameter.grad is not None:
+            want = parameter - 0.1 * parameter.grad
+            torch.testing.assert_close(adapter_parameters(model)[name], want, msg=name)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_parameters_take_what_torch_does_to_its_own(method):
+    model = adapted(method)
+    for parameter in adapter_parameters(model).values():
+        values = parameter.detach().clone()
+        parameter.data = values
+        assert parameter.data_ptr() == values.data_ptr()
+        with torch.no_grad():
+            parameter.set_(torch.zeros(2, 3))
+        assert parameter.shape == (2, 3)
+    copied = copy.deepcopy(adapted(method))
+    assert [type(p) for p in adapter_parameters(copied).values()].count(nn.Parameter) == len(adapter_parameters(copied))
+
+
+def test_layers_have_the_extents_of_their_base():
+    model = adapted("lora")
+    assert (model.head.in_features, model.head.out_features) == (16, 5)
+    assert not hasattr(peftc.hosts.torch_layers.AdaptedLayer.around([nn.Identity()], None)[0], "in_features")
