@@ -523,11 +523,7 @@ class PeftAdapterMixin:
         if state_dict is None:
             state: dict[str, Any] = registry.state_dict(name)
         else:
-            state = {
-                key: _own_part(state_dict[full], tensor) if full else tensor
-                for key, full, tensor, saved, _, _ in registry.tensors(name)
-                if saved and (not full or full in state_dict)
-            }
+            state = attached.host.state_from(registry, name, state_dict)
         allocator = attached.allocators.get(name)
         if allocator is None or allocator.masks is None:
             return state
@@ -755,12 +751,6 @@ class PeftAdapterMixin:
                 return
             attached.registry.unmerge()
             attached.host.activation_changed(self, attached.registry)
-
-
-def _own_part(given: Any, tensor: Any) -> Any:
-    """What of a tensor of the model's is an adapter's; there may be room in it (`enable_peft_hotswap`)."""
-    same = tuple(given.shape) == tuple(tensor.shape)
-    return given if same else given[tuple(slice(extent) for extent in tensor.shape)]
 
 
 def _warn_unmerged(merged: list[str], why: str, stacklevel: int) -> None:

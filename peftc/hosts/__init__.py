@@ -5,7 +5,7 @@ embedding, and what must happen to the model when its adapters change.  Everythi
 in the C core.  A second host is a second class with these methods and a row in `_HOSTS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from .._core import AdapterRegistry
@@ -111,6 +111,9 @@ class Host(Protocol):
 
     def save(self, tensors: dict[str, Any], path: str) -> None:
         """Write an adapter's tensors as safetensors with PEFT's metadata, atomically."""
+
+    def state_from(self, registry: Any, name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """An adapter's tensors out of a state dict of the model; what that lacks is left out."""
 
     def triplets(self, model: Any, registry: Any, name: str) -> dict[str, Any]:
         """An AdaLora adapter's tensors with their gradients: module name → `_adalora.Triplets`."""

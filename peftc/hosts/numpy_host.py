@@ -4,7 +4,7 @@ The layers are C types that look up the registry's activation in their forward p
 replaced or flipped when adapters come, go or switch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,13 @@ class NumpyHost:
             registry.remove(incoming)
             raise
         return made
+
+    def state_from(self, registry: _core.AdapterRegistry, name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: state_dict[full] if full else tensor
+            for key, full, tensor, saved, _, _ in registry.tensors(name)
+            if saved and (not full or full in state_dict)
+        }
 
     def plan_places(self, model: Any, device_map: Any, max_memory: Any, offload_folder: Any, offload_index: Any) -> Any:
         return None

@@ -1,6 +1,6 @@
 """The torch host: adapters on any torch.nn.Module, under PEFT's names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -147,6 +147,9 @@ class TorchHost:
 
     def save(self, tensors: dict[str, Any], path: str) -> None:
         save_file(tensors, path)
+
+    def state_from(self, registry: TorchRegistry, name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        return registry.state_from(name, state_dict)
 
     def triplets(self, model: Any, registry: Any, name: str) -> dict[str, Any]:
         return torch_adalora.triplets(registry.adapted_layers(name), name)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from .. import _core
 from .torch_layers import AdaptedLayer, Rows, dropout_module, dropout_modules, transposed
 from .torch_lowrank import add_lowrank, add_plain, runs_eagerly
+from .torch_stamps import Linear as PlainLinear
 from .torch_stamps import (
     ModuleDict,
     linear,
@@ -42,6 +43,10 @@ class Magnitude(nn.Module):
         made = stamp(Magnitude, Magnitude)
         made._parameters["weight"] = parameter(tensor)
         return made
+
+    def forward(self, norm: torch.Tensor) -> torch.Tensor:
+        """By how much DoRA scales each output. A call, so that FSDP, which may wrap this module, brings the weight in."""
+        return self.weight / norm
 
 
 class LoraLayer(AdaptedLayer):
@@ -87,6 +92,13 @@ class LoraLayer(AdaptedLayer):
 
     def _put_factors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        initial = self.__dict__.get("_initial")  # AdaLora's layers have none
+        for name, (a, b) in (initial or {}).items():
+            initial[name] = (fn(a), fn(b))
+        return self
 
     def own_part(self, name: str, field: str, tensor: Any) -> Any:
         room = self.__dict__.get("room")  # AdaLora's layers have none
@@ -180,6 +192,12 @@ class LoraLayer(AdaptedLayer):
 # --------------------------------------------------------------------------- linear
 
 
+def _product_by_calls(a: Any, b: Any, like: torch.Tensor) -> torch.Tensor:
+    """B A of modules that are not plain ones: FSDP brings the weights of those that it wraps in for a call."""
+    product: torch.Tensor = b(a(torch.eye(a.in_features, device=like.device, dtype=like.dtype))).T
+    return product
+
+
 class Linear(LoraLayer):
     """LoRA on nn.Linear and on GPT-2's Conv1D: y = base(x) + scaling · B A dropout(x)."""
 
@@ -234,7 +252,7 @@ class Linear(LoraLayer):
 
     def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
         total = weight + scaling * product
-        return torch.linalg.norm(total, dim=0 if self.fan_in_fan_out else 1).to(weight.dtype)
+        return torch.linalg.norm(total, dim=0 if self.fan_in_fan_out else 1)
 
     def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
         return scale if self.fan_in_fan_out else scale.unsqueeze(1)
@@ -270,16 +288,16 @@ class Linear(LoraLayer):
         a, b = self.lora_A[name], self.lora_B[name]
         base, scaling = self.get_base_layer(), self.scaling[name]
         x = self._cast(x, a.weight.dtype)
-        weight, bias = base.weight, base.bias
-        product = (b.weight @ a.weight).detach()
+        weight, bias = base.weight.to(x.dtype), base.bias
+        product = (b.weight @ a.weight if type(a) is type(b) is PlainLinear else _product_by_calls(a, b, x)).detach()
         norm = self._norm(weight, product.T if self.fan_in_fan_out else product, scaling).detach()
-        scale = self.lora_magnitude_vector[name].weight / norm
+        scale = self.lora_magnitude_vector[name](norm)
         if self._drops(name):
             x = self.lora_dropout[name](x)
             plain = F.linear(x, weight.T if self.fan_in_fan_out else weight)
         else:
             plain = result if bias is None else result - bias
-        return result + (scale - 1) * plain + scale * b(a(x)) * scaling
+        return result + ((scale - 1) * plain + scale * b(a(x)) * scaling)
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         if not is_compiling() and (added := add_plain(self, x, result, (name,))) is not None:
@@ -348,14 +366,14 @@ class _Convolution(LoraLayer):
             return result + b(a(self.lora_dropout[name](x))) * scaling
         base: Any = self.get_base_layer()
         norm = self._norm(base.weight, self._product(name).detach(), scaling).detach()
-        scale = self.lora_magnitude_vector[name].weight / norm
+        scale = self.lora_magnitude_vector[name](norm)
         if self._drops(name):
             x = self.lora_dropout[name](x)
             conv = type(self)._apply_conv
             plain = conv(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
         else:
             plain = result if base.bias is None else result - base.bias.view(-1, *(1,) * (base.weight.dim() - 2))
-        return result + (scale - 1) * plain + scale * b(a(x)) * scaling
+        return result + ((scale - 1) * plain + scale * b(a(x)) * scaling)
 
 
 class Conv1d(_Convolution):
@@ -398,7 +416,7 @@ class Embedding(LoraLayer):
         return product
 
     def _norm(self, weight: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
-        return torch.linalg.norm((weight + scaling * product).T, dim=1).to(weight.dtype)
+        return torch.linalg.norm((weight + scaling * product).T, dim=1)
 
     def _along_outputs(self, scale: torch.Tensor) -> torch.Tensor:
         return scale
@@ -426,7 +444,7 @@ class Embedding(LoraLayer):
             return result + added
         base: Any = self.get_base_layer()
         norm = self._norm(base.weight, self._product(name).detach(), scaling).detach()
-        scale = self.lora_magnitude_vector[name].weight / norm
+        scale = self.lora_magnitude_vector[name](norm)
         return scale * result + scale * added
 
 

@@ -264,7 +264,7 @@ class Part:
                 module._parameters.clear()
                 module._parameters.update(parameters)
                 for parameter, data in memory:
-                    parameter.data = data
+                    parameter.data = data.to(parameter)  # the model may have another dtype or device by now
         self.originals.clear()
 
     # --------------------------------------------------------------- deleting

@@ -7,7 +7,7 @@ arena becomes the storage of the parameters.  Everything is made on the side fir
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -528,14 +528,49 @@ class TorchRegistry:
         The name is "" for biases that are not in effect now: the model has the base's then.
         """
         adapter = self._adapters[name]
-        where = {id(module): path for path, module in self.model.named_modules()}
+        where = self._where()
         rows: list[tuple[str, str, Any, bool, bool, str]] = []
         for key, layer, parameter in adapter.rows():
-            field, _, part = parameter.partition(".")
             tensor = tensor_of(layer, parameter, name)
-            inner = layer._modules[field]._modules.get(name)
-            last = f".{part or 'weight'}" if inner is not None else ""
-            rows.append((key, f"{where[id(layer)]}.{field}.{name}{last}", tensor, True, True, key))
+            rows.append((key, _name_below(where[id(layer)], layer, parameter, name), tensor, True, True, key))
+        rows += self._shared_rows(adapter, where)
+        for path, wrapper in adapter.saved:
+            for key, tensor in wrapper.copies()[name].state_dict().items():
+                full = f"{where[id(wrapper)]}.modules_to_save.{name}.{key}"
+                rows.append((f"{path}.{key}", full, tensor, True, True, path))
+        return rows
+
+    def state_from(self, name: str, state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """An adapter's tensors out of a state dict of the model, whose names begin with prefix; what it lacks is left out.
+
+        The model's own tensors may be parts of those (FSDP), and are not looked at.
+        """
+        adapter = self._adapters[name]
+        where = self._where()
+        found: dict[str, Any] = {}
+        for key, layer, parameter in adapter.rows():
+            full = prefix + _name_below(where[id(layer)], layer, parameter, name)
+            if full in state:
+                found[key] = layer.own_part(name, parameter.partition(".")[0], state[full])
+        for key, full, tensor, *_ in self._shared_rows(adapter, where):
+            if not full or prefix + full in state:
+                found[key] = state[prefix + full] if full else tensor
+        for path, wrapper in adapter.saved:
+            below = f"{prefix}{where[id(wrapper)]}.modules_to_save.{name}."
+            found |= {f"{path}.{full[len(below) :]}": state[full] for full in state if full.startswith(below)}
+        return found
+
+    def _where(self) -> dict[int, str]:
+        """id of a module → its name in the model's state dict, in which what wraps modules to shard them is left out."""
+        return {
+            id(module): path.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+            for path, module in self.model.named_modules()
+        }
+
+    def _shared_rows(self, adapter: Adapter, where: dict[int, str]) -> list[tuple[str, str, Any, bool, bool, str]]:
+        """The rows of `tensors` that are neither in peftc's layers nor in modules_to_save."""
+        name = adapter.name
+        rows: list[tuple[str, str, Any, bool, bool, str]] = []
         if adapter.part is not None:
             rows += adapter.part.full_rows(where)
         for key, module, field, other in adapter.biases:
@@ -550,10 +585,6 @@ class TorchRegistry:
             )  # else it is not in the model now
             full = f"{where[id(module)]}.{field}" if shown else ""
             rows.append((key, full, parameter if shown else values, True, False, key))
-        for path, wrapper in adapter.saved:
-            for key, tensor in wrapper.copies()[name].state_dict().items():
-                full = f"{where[id(wrapper)]}.modules_to_save.{name}.{key}"
-                rows.append((f"{path}.{key}", full, tensor, True, True, path))
         return rows
 
     def save(self, name: str, path: str, prefix: str = _PREFIX) -> None:
@@ -617,7 +648,7 @@ class TorchRegistry:
                 weight = old.detach()
                 bias = None if bias is None else bias.detach()
                 for layer, name in uses:
-                    weight, bias = layer.merge_into(name, weight, bias, self._plain.get(base, weight))
+                    weight, bias = layer.merge_into(name, weight, bias, self._plain.get(base, weight).to(weight))
                     if safe_merge and not torch.isfinite(weight).all():
                         raise ValueError(
                             f"NaNs detected in the merged weights. The adapter {name} seems to be broken (module {path})"
@@ -638,7 +669,10 @@ class TorchRegistry:
                 part.unmerge()
                 continue
             base, (weight_name, bias_name), weight, bias = original
-            getattr(base, weight_name).data = weight
+            parameter = getattr(base, weight_name)
+            parameter.data = weight.to(parameter)  # the model may have another dtype or device by now
+            if bias is not None:
+                bias.data = bias.data.to(parameter)
             if bias is not None or getattr(base, bias_name, None) is not None:
                 setattr(base, bias_name, bias)
         self._forget_merged()
@@ -663,6 +697,13 @@ class TorchRegistry:
         self._forget_merged()
         self._biases_of = None
         self.switch = Switch()
+
+
+def _name_below(path: str, layer: AdaptedLayer, parameter: str, name: str) -> str:
+    """An adapter's tensor in the model, by its layer's name and the name that the core has for it."""
+    field, _, part = parameter.partition(".")
+    last = f".{part or 'weight'}" if layer._modules[field]._modules.get(name) is not None else ""
+    return f"{path}.{field}.{name}{last}"
 
 
 def _watched(items: Any, progressbar: bool) -> Any:

@@ -52,12 +52,7 @@ def get_state(
     if state_dict is None:
         state = registry.state_dict(adapter_name)
     else:
-        rows = registry.tensors(adapter_name)
-        state = {
-            key: state_dict[prefix + full] if full else tensor
-            for key, full, tensor, saved, _, _ in rows
-            if saved and (not full or prefix + full in state_dict)
-        }
+        state = registry.state_from(adapter_name, state_dict, prefix)
     allocator = attachment(home).allocators.get(adapter_name)
     if allocator is not None and allocator.masks is not None:
         # As in PEFT, names in the config lose the adapter's name here: save_pretrained writes the config next.
