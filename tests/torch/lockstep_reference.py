@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 
 import torch
@@ -100,6 +101,10 @@ def _gathered():
         yield texts
     finally:
         logger.removeFilter(gather)
+
+
+def _norm_of_base(module, base, weight, *args, **options):
+    return type(module).get_weight_norm(module, base.to(weight.dtype), *args, **options)
 
 
 def plain_key(key: str) -> str:
@@ -342,8 +347,14 @@ class Reference:
         """What `save_pretrained` of PEFT or Transformers writes; name None is the latter's choice, the active one."""
         folder.mkdir(parents=True, exist_ok=True)
         if name is None and hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(folder)
             name = self.active_adapters()[0]
+            try:
+                self.model.save_pretrained(folder)
+            except RuntimeError as error:
+                # Difference: with bias="all" a head's bias is saved once. Under two names Transformers sees shared tensors,
+                # and may refuse.
+                if "shared tensors" not in str(error) or getattr(self.model.peft_config[name], "bias", "") != "all":
+                    raise
         else:
             config = self.model.peft_config[name]
             mode, config.inference_mode = config.inference_mode, True
@@ -354,16 +365,27 @@ class Reference:
 
     @contextlib.contextmanager
     def running(self):
-        """Difference: what pissa and olora take out of the base weights is out only while they are active."""
+        """Difference: what pissa and olora take out of the base weights is out only while they are active.
+
+        And DoRA beside them takes the norm of the base weights, from which nothing is out.
+        """
         changed = {}
+        norms = []
         if self.enabled:
             for name in self.active:
                 for parameter, delta in self.residuals.get(name, []):
                     changed.setdefault(parameter, parameter.data)
                     parameter.data = parameter.data - delta
+        for layer in self.of_type(LoraLayer) if changed else ():
+            base = changed.get(layer.get_base_layer().weight)
+            for module in layer.lora_magnitude_vector.values() if base is not None else ():
+                norms.append(module)
+                module.get_weight_norm = functools.partial(_norm_of_base, module, base)
         try:
             yield
         finally:
+            for module in norms:
+                del module.get_weight_norm
             for parameter, data in changed.items():
                 parameter.data = data
 
@@ -398,10 +420,17 @@ class Reference:
                 for layer in self.adapted(name)
                 if isinstance(layer, LoraLayer)
             }
+            replaced = {  # the bias of a head that another adapter replaces is the base's for this one
+                id(parameter)
+                for wrapper in self.of_type(ModulesToSaveWrapper)
+                if name in wrapper.modules_to_save
+                for parameter in wrapper.original_module.parameters()
+            }
             self.biases[name] = [
                 (parameter, before[parameter])
                 for path, parameter in self.model.named_parameters()
                 if (id(parameter) in mine if bias == "lora_only" else self._is_base_bias(path))
+                and id(parameter) not in replaced
             ]
             self.biases_in.add(name)
             mine = {id(parameter) for parameter, _ in self.biases[name]}
@@ -419,9 +448,11 @@ class Reference:
     @staticmethod
     def _is_base_bias(path: str) -> bool:
         parts = path.split(".")
-        return "bias" in parts[-1] and not any(part.startswith(("lora_", "ia3_")) for part in parts) and not (
-            {"modules_to_save", "original_module"} & set(parts)
-        )  # fmt: skip
+        return (
+            "bias" in parts[-1]
+            and not any(part.startswith(("lora_", "ia3_")) for part in parts)
+            and "modules_to_save" not in parts
+        )
 
     def _follow_magnitudes(self) -> None:
         """Difference: DoRA's magnitude on convolutions and embeddings obeys set, disable and delete."""

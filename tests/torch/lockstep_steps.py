@@ -607,13 +607,41 @@ class Lockstep:
                     if any(result.requires_grad for result in results):
                         sum((result.double() ** 2).mean() for result in results).backward()
                 gradients.append({path: p.grad for path, p in side.model.named_parameters()})
-            same_gradients(*gradients)
+            try:
+                same_gradients(*gradients)
+            except Mismatch:
+                if not self.only_rounding(gradients):
+                    raise
             for side in self.sides:
                 if side.optimiser is not None:
                     side.optimiser.step()
             self.same_update()
         for side in self.sides:
             side.model.zero_grad()
+
+    def only_rounding(self, gradients) -> bool:
+        """Gradients that differ by a little more than they may: what they are in float64 decides.
+
+        There both must be the same, and ours no further from it than ours and the reference's may be apart, or all in all
+        no further than the reference's are, give or take chance.
+        (A small model in bf16 may have gradients of which one digit is right.)
+        """
+        exact = []
+        for side in self.sides:
+            optimiser, side.optimiser = side.optimiser, None
+            twin = copy.deepcopy(side)
+            side.optimiser = optimiser
+            twin.model.double()
+            twin.model.zero_grad()
+            with twin.running(), twin.patched():
+                inputs = self.inputs.double() if self.inputs.is_floating_point() else self.inputs
+                sum((result**2).mean() for result in models.outputs(twin.model, inputs)).backward()
+            exact.append({path: p.grad for path, p in twin.model.named_parameters()})
+        # What pissa leaves of the base weights is rounded in the reference's weights.
+        if furthest(exact[1], exact[0]) > (1e-3 if self.spec["residual"] else 1e-9):
+            return False
+        theirs, ours = (furthest(own, true) for own, true in zip(gradients, exact, strict=True))
+        return ours <= max(4 * theirs, min(TOLERANCE[g.dtype] for g in gradients[1].values() if g is not None))
 
     def same_update(self):
         """Parameters after a step of the optimiser; then ours takes theirs, lest rounding adds up."""
@@ -780,6 +808,16 @@ def same_gradients(theirs: dict, ours: dict) -> None:
         difference = float((gradient.double() - ours[path].double()).abs().max())
         if not difference <= limit:
             raise Mismatch(f"gradient of {path}: differs by {difference}, more than {limit}")
+
+
+def furthest(gradients: dict, exact: dict) -> float:
+    """The largest error of any gradient, relative to its size."""
+    largest = max(float(g.abs().max()) for g in exact.values() if g is not None and g.numel())
+    return max(
+        float((gradients[path].double() - true).abs().max()) / (float(true.abs().max()) + 0.05 * largest)
+        for path, true in exact.items()
+        if true is not None and true.numel()
+    )
 
 
 def same_text(theirs: str, ours: str) -> bool:
