@@ -73,9 +73,9 @@ def put(
         configs = {} if configs is None else configs
         if name in registry.names():
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
-        trained = registry.trained()
+        flags = None if activate else registry.flags()
         made = make_adapter(attached, model, name, config, configs, label, source, targets=targets)
-        if activate:
+        if flags is None:
             try:
                 kept = stay_active(registry, name)
                 registry.activate([*kept, name])
@@ -86,8 +86,7 @@ def put(
                 registry.set_trainable(other, False)
         else:
             registry.set_trainable(name, False)
-            for other in trained:
-                registry.set_trainable(other, True)
+            flags()
         for field, value in made.settled.items():
             setattr(made.config, field, value)
         model.peft_config = configs

@@ -410,10 +410,6 @@ class TorchRegistry:
         self._update(enabled=bool(value))
         self._settle_biases()
 
-    def trained(self) -> list[str]:
-        """The adapters whose tensors require gradients."""
-        return [name for name in self._adapters if name in self._flagged]
-
     def saved_of(self, name: str) -> list[tuple[str, SavedModule]]:
         """(module's name, wrapper) of each module that the adapter replaces."""
         return list(self._adapters[name].saved)
@@ -425,14 +421,24 @@ class TorchRegistry:
         """A function that makes trainable again what is trainable now, and nothing else of what there is now."""
         base = [(p, p.requires_grad) for p in _core.own_parameters([module for _, module in walk(self.model)])]
         flagged = list(self._flagged)
+        frozen = [p for name in flagged for p in self._tensors_of(name) if not p.requires_grad]  # by somebody else
 
         def restore() -> None:
             for parameter, flag in base:
                 parameter.requires_grad_(flag)
             for name in flagged:
                 self._flag(name, True)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
         return restore
+
+    def _tensors_of(self, name: str) -> Iterator[Any]:
+        """What an adapter trains, but for the base's biases."""
+        adapter = self._adapters[name]
+        yield from adapter.parameters()
+        for _, wrapper in adapter.saved:
+            yield from wrapper.copies()[name].parameters()
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         self._adapters[name].trainable = trainable

@@ -499,10 +499,8 @@ def test_several_adapters(case):
     batch = case.batch()
     first = results(ours, batch)
     add_to(case, theirs, ours, "second", **second)
-    if not ("modules_to_save" in case.options and is_native(ours)):
-        # There PEFT runs the new adapter's head already, although "default" is active.
-        alike(theirs, ours, batch)
-        assert flags(ours) == flags(theirs)
+    alike(theirs, ours, batch)
+    assert flags(ours) == flags(theirs)
     assert torch.equal(results(ours, batch), first) or not is_native(ours)
     assert ours.active_adapters == theirs.active_adapters == ["default"]
     for name in ("second", "default", "second"):
@@ -592,6 +590,36 @@ def test_merging_several_dora_changes_no_output(case, one_by_one):
         model.unmerge_adapter()
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
         assert torch.equal(results(model, batch), expected)
+
+
+@pytest.mark.parametrize("how", ["add", "load"])
+def test_what_was_frozen_stays_frozen(how, tmp_path):
+    """PEFT makes the active adapter trainable with every new one."""
+    case = CASES[4]
+    _, ours = twins(case)
+    ours.save_pretrained(tmp_path)
+    for parameter in ours.parameters():
+        parameter.requires_grad_(False)
+    if how == "add":
+        ours.add_adapter("second", case.config())
+    else:
+        ours.load_adapter(tmp_path, "second")
+    assert not [name for name, flag in flags(ours).items() if flag and "second" not in name]
+    ours.set_adapter("default")
+    assert [name for name, flag in flags(ours).items() if flag]
+
+
+def test_a_head_runs_when_its_adapter_is_set():
+    """In PEFT 0.17 the first one runs from when it is added."""
+    case = CASES[1]
+    _, ours = twins(case)
+    before = results(ours, case.batch())
+    ours.add_adapter("second", case.config(modules_to_save=["lin1"]))
+    with torch.no_grad():
+        ours.base_model.model.lin1.modules_to_save["second"].weight.mul_(2)
+    assert torch.equal(results(ours, case.batch()), before)
+    ours.set_adapter("second")
+    assert not torch.allclose(results(ours, case.batch()), before)
 
 
 def test_two_heads_at_once_are_refused():
