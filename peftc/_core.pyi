@@ -77,7 +77,16 @@ class AdapterRegistry:
     ) -> None:
         """Append modules (dotted name, object) to the table; objects that are `Module`s learn their registry and index.
         Names that are already bound to the same object are skipped, so the call can be repeated as a model grows."""
-    def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:
+    def add(
+        self,
+        name: str,
+        config: str,
+        *,
+        label: str = "config",
+        seed: int = 0,
+        trainable: bool = True,
+        wait: bool = True,
+    ) -> None:
         """Plan, allocate and initialise a new adapter from a JSON config. It is listed but not active. All or nothing."""
     def load(
         self,
@@ -88,9 +97,12 @@ class AdapterRegistry:
         label: str = "config",
         seed: int = 0,
         trainable: bool = False,
+        wait: bool = True,
     ) -> tuple[list[str], list[str]]:
         """Plan, allocate and fill a new adapter from a weights file (.safetensors or .bin) or a dict of arrays.
         Returns (missing keys, unexpected keys). It is listed but not active. All or nothing."""
+    def finish(self) -> None:
+        """Wait for the values of the adapter that add or load made with wait=False; raises what reading them raises."""
     def remove(self, name: str, /) -> None: ...
     def replace(self, name: str, incoming: str, /) -> None:
         """Let an inactive adapter take another's name and place, among the active ones too. All or nothing."""

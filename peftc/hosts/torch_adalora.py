@@ -1,6 +1,8 @@
 """AdaLora on torch layers (Zhang et al. 2023): y = base(x) + scaling / (ranknum + 1e-5) · B diag(E) A dropout(x)."""
 
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,12 +34,15 @@ class AdaLoraLayer(LoraLayer):
     )
 
     @classmethod
-    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+    def plan_put(
+        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
+    ) -> Callable[[], None]:
         _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
         made: list[Any] = []
         for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
             made += puts_of(field, name, parameters([own[field] for own in tensors]))
-        _core.put_items(
+        return functools.partial(
+            _core.put_items,
             layers,
             (
                 (("r",), name, ranks),

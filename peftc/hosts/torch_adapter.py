@@ -1,6 +1,6 @@
 """One adapter on a torch model: the layers that it is in, and its tensors, put into them and taken out by the hundred."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,17 @@ class Adapter:
         #: what PEFT holds of it, if PEFT made its layers
         self.part: torch_peft.Part | None = None
 
-    def put(self, tensors: dict[str, Any], slots: Sequence[Any], config: Any) -> None:
-        """Put tensors (module's name → parameter → tensor) into the layers, which `slots` describe one by one."""
+    def plan_put(self, tensors: dict[str, Any], slots: Sequence[Any], config: Any) -> list[Callable[[], None]]:
+        """What is to be called to put tensors (module's name → parameter → tensor) into the layers, which `slots` describe one
+        by one. Their values are not looked at."""
+        plan = []
         by_class: dict[type[AdaptedLayer], list[Any]] = {}
         for (path, layer), slot in zip(self.layers, slots, strict=True):
             by_class.setdefault(type(layer), []).append((layer, tensors[path], slot))
         for cls, rows in by_class.items():
             layers, own, theirs = map(list, zip(*rows, strict=True))
-            cls.put_all(layers, self.name, own, theirs, config)
+            plan.append(cls.plan_put(layers, self.name, own, theirs, config))
+        return plan
 
     def enlist(self, rows: Sequence[Any]) -> None:
         """Note where the tensors are that the core's layout has `rows` of, those inside a layer's base layer too."""
@@ -107,8 +110,8 @@ def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:
     return layer.own_part(name, field, whole)
 
 
-def tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """module's name → parameter → tensor over the arena (or a copy of it on the base layer's device).
+def tensors_by_module(arena: Any, rows: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """module's name → parameter → tensor over the arena, which may still be without its values.
 
     No tensor is a view of another as autograd sees it: each has a version of its own, so that writing to one parameter says
     nothing of the others.
@@ -126,14 +129,21 @@ def tensors_by_module(arena: Any, rows: Any, modules: dict[str, Any]) -> dict[st
             whole = flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
         for row, tensor in zip(group, _pieces(whole, shape, [row[5] for row in group]), strict=True):
             result[row[1]][parameter] = tensor
-    for module, tensors in result.items():
+    return result
+
+
+def to_their_homes(
+    tensors: dict[str, dict[str, torch.Tensor]], modules: dict[str, Any], finish: Callable[[], None]
+) -> None:
+    """Where a layer is not in the CPU's memory, put copies on its device in the tensors' place, after a call of finish()."""
+    for module, own in tensors.items():
         weight = modules[module]._parameters.get("weight")
         if weight is not None and weight.is_cpu:
             continue
         device = home_of(modules[module])
         if device.type != "cpu":
-            result[module] = {parameter: tensor.to(device) for parameter, tensor in tensors.items()}
-    return result
+            finish()
+            tensors[module] = {parameter: tensor.to(device) for parameter, tensor in own.items()}
 
 
 def _pieces(whole: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> Sequence[torch.Tensor]:

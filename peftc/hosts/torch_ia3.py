@@ -1,6 +1,8 @@
 """IA³ on torch layers (Liu et al. 2022): a learned vector scales a layer's output, or its input if it is feed-forward."""
 
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +29,12 @@ class IA3Layer(AdaptedLayer):
         return next(iter(self._feedforward.values()), False)
 
     @classmethod
-    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+    def plan_put(
+        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
+    ) -> Callable[[], None]:
         vectors = puts_of("ia3_l", name, parameters([own["ia3_l"] for own in tensors]))
-        _core.put_items(layers, (*vectors, (("_feedforward",), name, [slot[5] for slot in slots])))
+        puts = (*vectors, (("_feedforward",), name, [slot[5] for slot in slots]))
+        return functools.partial(_core.put_items, layers, puts)
 
     def _get_name(self) -> str:
         kind = kind_of(self.get_base_layer())

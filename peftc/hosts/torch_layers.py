@@ -5,7 +5,7 @@ whatever the number of layers.  Layers are stamped from templates (torch_stamps.
 without random initial values that something else overwrites.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,10 +95,16 @@ class AdaptedLayer(nn.Module):
         return layers
 
     @classmethod
-    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
-        """`put` an adapter on many layers."""
-        for layer, own, slot in zip(layers, tensors, slots, strict=True):
-            layer.put(name, own, slot, config)
+    def plan_put(
+        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
+    ) -> Callable[[], None]:
+        """A function that puts an adapter on many layers, as `put` does; what it takes is made here."""
+
+        def put() -> None:
+            for layer, own, slot in zip(layers, tensors, slots, strict=True):
+                layer.put(name, own, slot, config)
+
+        return put
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         """Take an adapter's tensors (by parameter: "lora_A", …) in; nothing is copied.

@@ -5,7 +5,9 @@ agree to rounding.  Formulas: LoRA, Hu et al. 2021, section 4.1; DoRA, Liu et al
 detached (section 4.3).
 """
 
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -202,14 +204,16 @@ class Linear(LoraLayer):
     """LoRA on nn.Linear and on GPT-2's Conv1D: y = base(x) + scaling · B A dropout(x)."""
 
     @classmethod
-    def put_all(cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any) -> None:
+    def plan_put(
+        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
+    ) -> Callable[[], None]:
         if any(len(own) != 2 for own in tensors):  # a magnitude, a bias, initial factors
-            super().put_all(layers, name, tensors, slots, config)
-            return
+            return super().plan_put(layers, name, tensors, slots, config)
         training = [layer.training for layer in layers]
         _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
         a, b = (linears(parameters([own[field] for own in tensors]), training) for field in ("lora_A", "lora_B"))
-        _core.put_items(
+        return functools.partial(
+            _core.put_items,
             layers,
             (
                 (("r",), name, ranks),

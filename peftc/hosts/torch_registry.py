@@ -18,7 +18,7 @@ from torch import nn
 from .. import _core
 from .._core import AdapterRegistry
 from . import torch_adalora, torch_attention, torch_dispatch, torch_files, torch_ia3, torch_lora, torch_peft
-from .torch_adapter import Adapter, tensor_of, tensors_by_module
+from .torch_adapter import Adapter, tensor_of, tensors_by_module, to_their_homes
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of
 from .torch_tree import describe, kind_of, walk
@@ -128,17 +128,20 @@ class TorchRegistry:
         builder.bind(describe(self._bound, holders, with_values), self._output_embedding)
         missing: list[str] = []
         unexpected: list[str] = []
+        # What is computed from the base weights is for all threads together; the rest is drawn, or read, while layers are made.
         if source is None:
-            builder.add(name, text, label=label, seed=seed)
+            builder.add(name, text, label=label, seed=seed, wait=with_values)
         else:
-            missing, unexpected = builder.load(name, text, source, label=label, seed=seed)
+            missing, unexpected = builder.load(name, text, source, label=label, seed=seed, wait=with_values)
         arena, tensors, slots = builder.layout(name)
         adapter = Adapter(name, builder.peft_type(name))
         adapter.subtracts = str(init).startswith(("pissa", "olora"))
         modules = dict(self._bound)
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
-        by_module = tensors_by_module(arena, tensors, modules)
+        by_module = tensors_by_module(arena, tensors)
         adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
+        to_their_homes(by_module, modules, builder.finish)
+        put = adapter.plan_put(by_module, slots, config)
         if values.get("use_dora"):
             for path, *_ in slots:
                 torch_dispatch.check_in_memory(path, modules[path], "DoRA takes their norm")
@@ -147,12 +150,14 @@ class TorchRegistry:
         adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
         if source is not None:
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
+        builder.finish()
 
         # Nothing below fails.
         join_peft()
         for parent, key, layer in splices:
             parent._modules[key] = layer
-        adapter.put(by_module, slots, config)
+        for do in put:
+            do()
         adapter.enlist(tensors)
         self._enter(adapter, saved, trainable)
         return missing, unexpected

@@ -350,3 +350,53 @@ pc_status pc_adapter_init(pc_runtime *rt, pc_registry *registry, pc_adapter *ada
         status = init_slot(&in, rt, i, err);
     return status;
 }
+
+/* ------------------------------------------------------- in another thread */
+
+typedef struct init_filling {
+    pc_filling base;
+    initialiser in;
+} init_filling;
+
+static pc_status init_finish(pc_filling *filling, bool wanted, pc_error *err)
+{
+    init_filling *f = (init_filling *)filling;
+    pc_background_finish(filling->job, wanted);
+    const pc_status status = f->in.status;
+    if (wanted && status != PC_OK && err != NULL)
+        *err = filling->err;
+    pc_free(f);
+    return wanted ? status : PC_OK;
+}
+
+pc_status pc_filling_finish(pc_filling *filling, bool wanted, pc_error *err)
+{
+    return filling == NULL ? PC_OK : filling->finish(filling, wanted, err);
+}
+
+bool pc_fills_in_background(const pc_runtime *rt, const pc_adapter *adapter)
+{
+    const size_t bytes = pc_arena_size(adapter->arena);
+    return pc_runtime_threads(rt) > 1 && bytes >= PC_BACKGROUND_LEAST && bytes < PC_BACKGROUND_MOST;
+}
+
+pc_status pc_adapter_init_begin(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed,
+                                pc_filling **out, pc_error *err)
+{
+    *out = NULL;
+    init_filling *f = NULL;
+    if (adapter->slot_count >= MANY_SLOTS && pc_fills_in_background(rt, adapter))
+        f = pc_calloc(1, sizeof *f);
+    if (f != NULL) {
+        f->in = (initialiser){
+            .registry = registry, .adapter = adapter, .seed = seed, .recorded = ATOMIC_FLAG_INIT, .err = &f->base.err};
+        f->base.finish = init_finish;
+        f->base.job = pc_background_start((int64_t)adapter->slot_count, 4, init_slots, &f->in);
+        if (f->base.job != NULL) {
+            *out = &f->base;
+            return PC_OK;
+        }
+        pc_free(f);
+    }
+    return pc_adapter_init(rt, registry, adapter, seed, err);
+}

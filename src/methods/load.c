@@ -284,22 +284,95 @@ static pc_status read_tensors(loader *l, pc_error *err)
     return s.status == PC_OK ? read_converted(l, err) : s.status;
 }
 
+/* All but the reading. */
+static pc_status prepare(loader *l, uint64_t seed, pc_error *err)
+{
+    if (l->source->count > INT32_MAX)
+        return pc_fail(err, PC_ERR_VALUE, "%s has too many tensors (%zu)", l->source->label, l->source->count);
+    pc_status status = index_source(l, err);
+    if (status == PC_OK)
+        status = match_names(l, err);
+    return status == PC_OK ? init_rest(l, seed, err) : status;
+}
+
+static void free_loader(loader *l)
+{
+    pc_strmap_free(&l->names);
+    pc_pool_free(&l->pool);
+}
+
 pc_status pc_adapter_load(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source, uint64_t seed,
                           pc_load_report *report, pc_error *err)
 {
     loader l = {.rt = rt, .registry = registry, .adapter = adapter, .source = source, .report = report};
-    if (source->count > INT32_MAX)
-        return pc_fail(err, PC_ERR_VALUE, "%s has too many tensors (%zu)", source->label, source->count);
     pc_pool_init(&l.pool);
     pc_strmap_init(&l.names);
-    pc_status status = index_source(&l, err);
-    if (status == PC_OK)
-        status = match_names(&l, err);
-    if (status == PC_OK)
-        status = init_rest(&l, seed, err);
+    pc_status status = prepare(&l, seed, err);
     if (status == PC_OK)
         status = read_tensors(&l, err);
-    pc_strmap_free(&l.names);
-    pc_pool_free(&l.pool);
+    free_loader(&l);
+    return status;
+}
+
+/* ------------------------------------------------------- in another thread */
+
+typedef struct load_filling {
+    pc_filling base;
+    loader l;
+    straight s;
+} load_filling;
+
+static pc_status load_finish(pc_filling *filling, bool wanted, pc_error *err)
+{
+    load_filling *f = (load_filling *)filling;
+    pc_background_finish(filling->job, wanted);
+    pc_status status = wanted ? f->s.status : PC_OK;
+    if (status != PC_OK && err != NULL)
+        *err = filling->err;
+    if (wanted && status == PC_OK)
+        status = read_converted(&f->l, err);
+    free_loader(&f->l);
+    pc_free(f);
+    return status;
+}
+
+/* Memory is made ready, then tensors are read: ranges of one loop, so that both threads find something to do. */
+static void populate_and_read(void *ctx, int64_t begin, int64_t end)
+{
+    const straight *s = ctx;
+    pc_arena *arena = s->l->adapter->arena;
+    const int64_t steps = (int64_t)((pc_arena_size(arena) + POPULATE_BYTES - 1) / POPULATE_BYTES);
+    if (begin < steps)
+        populate(arena, begin, end < steps ? end : steps);
+    if (end > steps)
+        read_straight(ctx, begin < steps ? 0 : begin - steps, end - steps);
+}
+
+pc_status pc_adapter_load_begin(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source,
+                                uint64_t seed, pc_load_report *report, pc_filling **out, pc_error *err)
+{
+    *out = NULL;
+    load_filling *f = NULL;
+    if (source->concurrent && pc_fills_in_background(rt, adapter))
+        f = pc_calloc(1, sizeof *f);
+    if (f == NULL)
+        return pc_adapter_load(rt, registry, adapter, source, seed, report, err);
+    f->l = (loader){.rt = rt, .registry = registry, .adapter = adapter, .source = source, .report = report};
+    f->s = (straight){.l = &f->l, .status = PC_OK, .recorded = ATOMIC_FLAG_INIT, .err = &f->base.err};
+    f->base.finish = load_finish;
+    pc_pool_init(&f->l.pool);
+    pc_strmap_init(&f->l.names);
+    pc_status status = prepare(&f->l, seed, err);
+    if (status == PC_OK) {
+        const int64_t steps = (int64_t)((pc_arena_size(adapter->arena) + POPULATE_BYTES - 1) / POPULATE_BYTES);
+        f->base.job = pc_background_start(steps + (int64_t)source->count, 8, populate_and_read, &f->s);
+        if (f->base.job != NULL) {
+            *out = &f->base;
+            return PC_OK;
+        }
+        status = read_tensors(&f->l, err);
+    }
+    free_loader(&f->l);
+    pc_free(f);
     return status;
 }

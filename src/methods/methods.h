@@ -147,6 +147,16 @@ bool pc_is_base_copy(const pc_tensor *tensor);
 /* Initialise every tensor of a built adapter. */
 pc_status pc_adapter_init(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed, pc_error *err);
 
+/* An adapter whose tensors are being filled while the caller does something else. */
+typedef struct pc_filling pc_filling;
+
+/* As pc_adapter_init, but what takes long may go on in another thread: *out is NULL if it does not. Until
+ * pc_filling_finish the adapter's data is nobody's to read, and the registry and the adapter must live. */
+pc_status pc_adapter_init_begin(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, uint64_t seed,
+                                pc_filling **out, pc_error *err);
+/* Wait for it, help with it, and free it; NULL is allowed and has worked.  `wanted` false: give it up. */
+pc_status pc_filling_finish(pc_filling *filling, bool wanted, pc_error *err);
+
 /* What a load found. Names live in `pool`. */
 typedef struct pc_load_report {
     pc_pool pool;
@@ -163,6 +173,10 @@ void pc_load_report_free(pc_load_report *report);
  * a missing modules_to_save tensor is PC_ERR_KEY. */
 pc_status pc_adapter_load(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source, uint64_t seed,
                           pc_load_report *report, pc_error *err);
+
+/* As pc_adapter_load and pc_adapter_init_begin; `source` must live until pc_filling_finish, too. The report is complete. */
+pc_status pc_adapter_load_begin(pc_runtime *rt, pc_registry *registry, pc_adapter *adapter, pc_weights *source,
+                                uint64_t seed, pc_load_report *report, pc_filling **out, pc_error *err);
 
 /* The name of tensor t: in a state dict of the adapter (with_adapter_name
  * false, e.g. "a.b.lora_A.weight") or of the model ("a.b.lora_A.NAME.weight").

@@ -2,6 +2,7 @@
 #ifndef PEFTC_METHODS_SUPPORT_H
 #define PEFTC_METHODS_SUPPORT_H
 
+#include "../core/background.h"
 #include "../core/gradients.h"
 #include "../kernels/gradients.h"
 #include "../kernels/kernels.h"
@@ -106,5 +107,20 @@ static inline const void *pc_at_const(pc_dtype dtype, const void *buffer, int64_
 {
     return (const char *)buffer + (size_t)index * pc_dtype_size(dtype);
 }
+
+/* ------------------------------------------------------------------- filling */
+
+struct pc_filling {
+    pc_background *job;
+    pc_status (*finish)(pc_filling *self, bool wanted, pc_error *err); /* frees it */
+    pc_error err;                                                       /* what went wrong in the other thread */
+};
+
+/* Adapters between these sizes are filled in another thread: smaller ones are done before it has woken up, and for larger
+ * ones all threads together are faster. */
+#define PC_BACKGROUND_LEAST ((size_t)256 << 10)
+#define PC_BACKGROUND_MOST ((size_t)16 << 20)
+
+bool pc_fills_in_background(const pc_runtime *rt, const pc_adapter *adapter);
 
 #endif

@@ -93,6 +93,7 @@ static void registry_dealloc(PyObject *op)
     PyObject_GC_UnTrack(op);
     if (self->weakrefs != NULL)
         PyObject_ClearWeakRefs(op);
+    registry_give_up(self);
     registry_clear(op);
     pc_registry_free(self->core);
     if (self->mutation != NULL)
@@ -356,6 +357,7 @@ static PyMethodDef registry_methods[] = {
     {"bind", (PyCFunction)(void (*)(void))registry_bind, METH_VARARGS | METH_KEYWORDS, registry_bind_doc},
     {"add", (PyCFunction)(void (*)(void))registry_add, METH_VARARGS | METH_KEYWORDS, registry_add_doc},
     {"load", (PyCFunction)(void (*)(void))registry_load, METH_VARARGS | METH_KEYWORDS, registry_load_doc},
+    {"finish", registry_finish, METH_NOARGS, registry_finish_doc},
     {"remove", registry_remove, METH_O, remove_doc},
     {"replace", registry_replace, METH_VARARGS, replace_doc},
     {"activate", registry_activate, METH_O, activate_doc},

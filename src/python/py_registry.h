@@ -26,6 +26,7 @@ typedef struct registry_object {
     PyThread_type_lock mutation; /* held by whatever grows the module table or builds adapters: those release the GIL */
     unsigned long holder;        /* the thread that holds it, 0 when it is free; and that thread's process */
     pid_t holder_process;
+    struct unfinished *unfinished; /* py_registry_build.c: an adapter that is still being filled; NULL mostly */
 } registry_object;
 
 static inline peftc_state *registry_state(registry_object *self) { return peftc_state_of_type(Py_TYPE(self)); }
@@ -55,6 +56,10 @@ extern const char registry_bind_doc[], registry_add_doc[], registry_load_doc[];
 PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs);
 PyObject *registry_add(PyObject *op, PyObject *args, PyObject *kwargs);
 PyObject *registry_load(PyObject *op, PyObject *args, PyObject *kwargs);
+extern const char registry_finish_doc[];
+PyObject *registry_finish(PyObject *op, PyObject *unused);
+/* Give up an adapter that is still being filled, without an exception: the registry is going. */
+void registry_give_up(registry_object *self);
 
 extern const char registry_tensors_doc[], registry_state_dict_doc[], registry_saved_modules_doc[],
     registry_adapted_modules_doc[], registry_save_doc[];

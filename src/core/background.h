@@ -1,0 +1,24 @@
+/* A loop that another thread begins while the caller does something else.
+ *
+ * For work that is wanted later: filling an adapter's memory while its owner makes Python objects, for example.
+ */
+#ifndef PEFTC_CORE_BACKGROUND_H
+#define PEFTC_CORE_BACKGROUND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "parallel.h"
+
+typedef struct pc_background pc_background;
+
+/* Begin to call fn(ctx, begin, end) on disjoint ranges of about `grain` items that cover [0, n), in order, on a thread of
+ * its own.  NULL when there is no thread or no memory to be had: nothing was called then.  fn is as for
+ * pc_parallel_for; ctx must live until pc_background_finish. */
+pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, void *ctx);
+
+/* End it: with `rest`, all ranges have been worked on when this returns, what is left on this thread; without, no new one
+ * is begun.  After a fork the child, which lacks the other thread, does all of them again.  NULL is allowed. */
+void pc_background_finish(pc_background *job, bool rest);
+
+#endif
