@@ -145,14 +145,32 @@ class AdapterRegistry:
     def unmerge(self) -> None: ...
     def merged(self) -> list[str]: ...
 
-def lowrank_forward(x: Any, y: Any, out: Any, terms: tuple[tuple[Any, Any, float, Any, Any], ...], /) -> bool:
-    """out = y + Σ scaling · (((x Aᵀ) ⊙ E) Bᵀ + bias) on CPU tensors, terms of (A, B, scaling, E, bias).
-    False, with nothing written, where torch's own operations are needed."""
+def lowrank_forward(
+    x: Any, y: Any, out: Any, terms: tuple[tuple[Any, Any, float, Any, Any], ...], hidden: Any = None, /
+) -> bool:
+    """out = y + Σ scaling · (((x Aᵀ) ∘ E) Bᵀ + bias) on torch CPU tensors, each term (A, B, scaling, E, bias). False,
+    with nothing written, where the kernels do not take the tensors. `hidden` gets one term's (x Aᵀ)ᵀ."""
 
 def lowrank_backward(
-    grad: Any, x: Any, A: Any, B: Any, E: Any, scaling: float, dx: Any, dA: Any, dB: Any, dE: Any, /
+    grad: Any,
+    x: Any,
+    A: Any,
+    B: Any,
+    E: Any,
+    scaling: float,
+    hidden: Any,
+    base: Any,
+    dx: Any,
+    dA: Any,
+    dB: Any,
+    dE: Any,
+    /,
 ) -> bool:
-    """Derivatives of one term of lowrank_forward, into those of the last four that are not None. False as above."""
+    """Derivatives of one term of lowrank_forward, into those of the last four that are not None; dx = base + …. False as
+    above."""
+
+def dropout_noise(state: np.ndarray, keep: float, value: float, out: Any, /) -> bool:
+    """out ← what torch's bernoulli_(keep) draws from that state of its CPU generator, times value; the state moves on."""
 
 def add_lowrank_to_weight(W: Any, A: Any, B: Any, scaling: float, E: Any, transpose: bool, out: Any, /) -> bool:
     """out = W + scaling · (B ⊙ E) A, or its transpose, in one pass over the weight. False as above."""
@@ -174,19 +192,37 @@ def adalora_budget(
 def orthogonality(matrix: np.ndarray, columns: bool, scale: float = 0.0, grad: np.ndarray | None = None, /) -> float:
     """The Frobenius norm of the Gram matrix of rows or columns, less I; scale times its derivative is added to grad."""
 
+_Watch: TypeAlias = tuple[tuple[Callable[[], Any], ...], tuple[Any, ...], dict[str, Any]]
+
 def lowrank_adder(
     factor: type,
     identity: type,
-    fresh: tuple[type, ...],
-    watchers: tuple[Callable[[], Any], ...],
-    registries: tuple[Any, ...],
-    levels: dict[str, Any],
+    dropout: type,
+    fresh: type,
+    watch: _Watch,
     grad_enabled: Callable[[], bool],
     empty_like: Callable[[Any], Any],
-    record: Callable[[Any, Any, Any, Any, float], Any],
+    linear: Callable[..., Any],
+    noise: Callable[[Any, Any], Any],
+    record: Callable[..., Any],
     /,
-) -> Callable[[Any, Any, Any, tuple[str, ...]], Any]:
-    """A function (layer, x, y, live) → y + Σ scaling · B(A(x)), or None where torch's own operations are needed."""
+) -> tuple[Callable[[Any, Any, Any, tuple[str, ...]], Any], Callable[[Any, Any, tuple[str, ...]], Any]]:
+    """Functions (layer, x, y, live) → y + Σ scaling · B(A(x)), and (layer, x, live) → base(x) + …; each gives None where
+    torch's own operations are needed."""
+
+def lowrank_node(
+    watch: _Watch,
+    grad_enabled: Callable[[], bool],
+    linear: Callable[..., Any],
+    matmul: Callable[..., Any],
+    empty: Callable[..., Any],
+    empty_like: Callable[[Any], Any],
+    float32: Any,
+    sum: Callable[..., Any],
+    derivatives: Callable[[Any, Any], tuple[Any, ...]],
+    /,
+) -> tuple[Callable[..., Any], Callable[[Any, Any], tuple[Any, ...]]]:
+    """(forward, backward) of the torch.autograd.Function that is the low-rank sum."""
 
 def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, dropout_modules, transposed
 from .torch_lora import LoraLayer
-from .torch_lowrank import fresh, runs_eagerly
+from .torch_lowrank import adapted_linear, add_plain
 from .torch_stamps import ModuleDict, ParameterDict, parameters, puts_of
 
 
@@ -70,67 +71,19 @@ class AdaLoraLayer(LoraLayer):
         return weight + self.get_delta_weight(name), bias
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        live = self._peftc.live
+        if not args and not kwargs and not is_compiling() and (result := adapted_linear(self, x, live)) is not None:
+            return result
         result = self._modules["base_layer"](x, *args, **kwargs)
+        if not is_compiling() and (added := add_plain(self, x, result, live)) is not None:
+            return added
         dtype = result.dtype
         for name in self._live():
             a = self.lora_A[name]
             x = self._cast(x, a.dtype)
-            added = self._in_c(name, x, result)
-            if added is None:
-                low = self.lora_dropout[name](x) @ (a * self.lora_E[name]).T @ self.lora_B[name].T
-                added = result + low * self._scale(name)
-            result = added
+            low = self.lora_dropout[name](x) @ (a * self.lora_E[name]).T @ self.lora_B[name].T
+            result = result + low * self._scale(name)
         return result.to(dtype)
-
-    def _in_c(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
-        """The sum in C, or None where torch's operations are needed (see torch_lowrank.py)."""
-        if type(x) is not torch.Tensor or x.device.type != "cpu" or self._drops(name) or not runs_eagerly():
-            return None
-        a, b, e = self.lora_A[name], self.lora_B[name], self.lora_E[name]
-        if not x.dtype == result.dtype == a.dtype == b.dtype == e.dtype:
-            return None
-        scale = self.scaling[name] / (self.ranknum[name].item() + 1e-5)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, result, a, b, e)):
-            return SvdSum.apply(x, result, a, b, e, scale)
-        own = result if fresh(self) else torch.empty_like(result)
-        return own if _core.lowrank_forward(x, result, own, ((a, b, scale, e, None),)) else None
-
-
-class SvdSum(torch.autograd.Function):
-    """y + scale · ((x Aᵀ) ∘ E) Bᵀ with its derivatives, both in C. Saves x, A, B and E; x Aᵀ is computed again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, y: Any, a: Any, b: Any, e: Any, scale: float) -> Any:
-        ctx.save_for_backward(x, a, b, e)
-        ctx.scale = scale
-        out = torch.empty_like(y)
-        if not _core.lowrank_forward(x, y, out, ((a, b, scale, e, None),)):
-            out = y + (x @ (a * e).T @ b.T) * scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        x, a, b, e = ctx.saved_tensors
-        need_x, need_y, *need_factors, _ = ctx.needs_input_grad
-        dy = grad if need_y else None
-        if not torch.is_grad_enabled() and runs_eagerly():
-            made = [
-                torch.empty_like(of, memory_format=torch.contiguous_format) if need else None
-                for of, need in zip((x, a, b, e), (need_x, *need_factors), strict=True)
-            ]
-            if _core.lowrank_backward(grad.contiguous(), x, a, b, e, ctx.scale, *made):
-                return made[0], dy, *made[1:], None
-        flat_g, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        through, low = flat_g @ b * ctx.scale, flat_x @ a.T
-        weighted = through * e.reshape(-1)
-        return (
-            (weighted @ a).view(x.shape) if need_x else None,
-            dy,
-            weighted.T @ flat_x if need_factors[0] else None,
-            flat_g.T @ (low * e.reshape(-1)) * ctx.scale if need_factors[1] else None,
-            (through * low).sum(0).view(e.shape) if need_factors[2] else None,
-            None,
-        )
 
 
 # --------------------------------------------------------------------- training

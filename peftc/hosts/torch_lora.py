@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, Rows, dropout_module, dropout_modules, transposed
-from .torch_lowrank import add_lowrank, add_plain, runs_eagerly
+from .torch_lowrank import adapted_linear, add_lowrank, add_plain, runs_eagerly
 from .torch_stamps import Linear as PlainLinear
 from .torch_stamps import (
     ModuleDict,
@@ -264,8 +264,10 @@ class Linear(LoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._peftc.rows is not None or "adapter_names" in kwargs:
             return self._mixed(x, *args, **kwargs)
-        result = self._modules["base_layer"](x, *args, **kwargs)
         live = self._peftc.live
+        if not args and not kwargs and not is_compiling() and (result := adapted_linear(self, x, live)) is not None:
+            return result
+        result = self._modules["base_layer"](x, *args, **kwargs)
         if not live:
             return result
         if not is_compiling() and (added := add_plain(self, x, result, live)) is not None:

@@ -5,6 +5,7 @@ dtype, in eager mode.  torch.compile, torch.export, autocast, vmap, forward-mode
 tensor subclasses take the torch ops, with the same result to rounding.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ _REGISTRIES = (
     hooks._global_backward_hooks,
     hooks._global_backward_pre_hooks,
 )
+
+#: for the functions in C, which ask the same as `runs_eagerly`
+_WATCH = (_WATCHERS, _REGISTRIES, forward_ad.__dict__)
 
 
 def runs_eagerly() -> bool:
@@ -101,66 +105,123 @@ def _in_c(layer: Any, x: torch.Tensor, result: torch.Tensor, terms: Sequence[Ter
     return own if _core.lowrank_forward(x, result, own, tuple(rows)) else None
 
 
-def fresh(layer: Any) -> bool:
-    """Is the base output nobody else's, so that it can be overwritten?"""
-    base = layer._modules["base_layer"]
-    return type(base) is nn.Linear and not base._forward_hooks and not _C._has_torch_function_unary(base.weight)
-
-
 def _with_grad(x: torch.Tensor, result: torch.Tensor, rows: list[Any]) -> torch.Tensor | None:
     if x.dtype != result.dtype or any(down.dtype != x.dtype for down, *_ in rows):
         return None
     for down, up, scaling, _, bias in rows:
         if bias is not None:
             return None
-        result = LowRank.apply(x, result, down, up, scaling)
+        result = LowRank.apply(x, result, None, None, down, up, None, scaling, None)
     return result
 
 
+def _sum(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, e: Any, scaling: float) -> torch.Tensor:
+    """y + scaling · ((x Aᵀ) ∘ E) Bᵀ in torch ops."""
+    low = x @ a.T
+    return y + (low if e is None else low * e.reshape(-1)) @ b.T * scaling
+
+
+def _derivatives(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """What `LowRank.backward` answers, in torch ops, of which autograd can take derivatives once more."""
+    x, weight, a, b, e, noise, _ = ctx.saved_tensors
+    need_x, need_y, _, _, need_a, need_b, need_e, *_ = ctx.needs_input_grad
+    given = x if noise is None else x * noise
+    flat_g, flat_x = grad.reshape(-1, grad.shape[-1]), given.reshape(-1, x.shape[-1])
+    through, low = flat_g @ b * ctx.scaling, flat_x @ a.T
+    weighted, kept = (through, low) if e is None else (through * e.reshape(-1), low * e.reshape(-1))
+    dx = None
+    if need_x:
+        dx = (weighted @ a).view(x.shape)
+        if noise is not None:
+            dx = dx * noise
+        if weight is not None:
+            dx = dx + (flat_g @ weight).view(x.shape)
+    return (
+        dx,
+        grad if need_y else None,
+        None,
+        None,
+        weighted.T @ flat_x if need_a else None,
+        flat_g.T @ kept * ctx.scaling if need_b else None,
+        (through * low).sum(0).view(e.shape) if need_e else None,
+        None,
+        None,
+    )
+
+
+_forward, _backward = _core.lowrank_node(
+    _WATCH,
+    torch.is_grad_enabled,
+    nn.functional.linear,
+    torch.matmul,
+    torch.empty,
+    torch.empty_like,
+    torch.float32,
+    _sum,
+    _derivatives,
+)
+
+
 class LowRank(torch.autograd.Function):
-    """y + scaling · (x Aᵀ) Bᵀ with its derivatives, both in C. Saves x, A and B; x Aᵀ is computed again."""
+    """y + scaling · (((x ∘ noise) Aᵀ) ∘ E) Bᵀ of (x, y, W, bias, A, B, E, scaling, noise), and its derivatives; with
+    x Wᵀ + bias for y if that is None: one node for an adapted layer, which adds to the base layer's output, and to its
+    part of the derivative of x, where they lie.  Saves x, A, B, E, the noise and the sums with A; W and bias are constants
+    to it."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Any, y: Any, down: Any, up: Any, scaling: float) -> Any:
-        ctx.save_for_backward(x, down, up)
-        ctx.scaling = scaling
-        out = torch.empty_like(y)
-        if not _core.lowrank_forward(x, y, out, ((down, up, scaling, None, None),)):
-            out = torch.addmm(
-                y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ down.T, up.T, alpha=scaling
-            ).view(y.shape)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        x, down, up = ctx.saved_tensors
-        need_x, need_y, need_down, need_up, _ = ctx.needs_input_grad
-        scaling = ctx.scaling
-        if not torch.is_grad_enabled() and runs_eagerly():
-            grad_c = grad.contiguous()
-            dx, d_down, d_up = (
-                torch.empty_like(of, memory_format=torch.contiguous_format) if need else None
-                for of, need in ((x, need_x), (down, need_down), (up, need_up))
-            )
-            if _core.lowrank_backward(grad_c, x, down, up, None, scaling, dx, d_down, d_up, None):
-                return dx, grad if need_y else None, d_down, d_up, None
-        flat_g, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        through = flat_g @ up * scaling
-        dx = (through @ down).view(x.shape) if need_x else None
-        d_down = through.T @ flat_x if need_down else None
-        d_up = flat_g.T @ (flat_x @ down.T) * scaling if need_up else None
-        return dx, grad if need_y else None, d_down, d_up, None
+    forward = staticmethod(_forward)
+    backward = staticmethod(_backward)
 
 
-#: the plain case in one call: (layer, x, result, names) → the sum, or None; not to be called while compiling
-add_plain = _core.lowrank_adder(
+#: From so many numbers on our draws are faster than torch's, with what it takes to get at the generator.
+_MANY = 256
+
+
+def _draw(state: torch.Tensor, keep: float, value: float, out: torch.Tensor) -> bool:
+    return _core.dropout_noise(state.numpy(), keep, value, out)
+
+
+@functools.cache
+def _draws_as_torch() -> bool:
+    """Do we know how this torch draws random numbers: the same values, and the same state afterwards?"""
+    generator = torch.Generator().manual_seed(1)
+    torch.empty(5).bernoulli_(0.5, generator=generator)
+    state = generator.get_state()
+    theirs, ours = torch.empty(1000), torch.empty(1000)
+    theirs.bernoulli_(0.7, generator=generator)
+    return _draw(state, 0.7, 1.0, ours) and torch.equal(theirs, ours) and torch.equal(state, generator.get_state())
+
+
+@functools.lru_cache(64)
+def _kept_value(dtype: torch.dtype, p: float) -> float:
+    """What torch's dropout multiplies with what it keeps."""
+    return torch.ones((), dtype=dtype).div_(1 - p).item()
+
+
+def _noise(x: torch.Tensor, p: Any) -> torch.Tensor | None:
+    """What F.dropout multiplies x with, from the same random numbers; torch draws them one at a time, we in vectors."""
+    if type(p) is not float or not 0 < p < 1 or not x.is_contiguous():
+        return None
+    noise = torch.empty_like(x)
+    if x.numel() >= _MANY and _draws_as_torch():
+        state = torch.default_generator.get_state()
+        if _draw(state, 1 - p, _kept_value(x.dtype, p), noise):
+            torch.default_generator.set_state(state)
+            return noise
+    return noise.bernoulli_(1 - p).div_(1 - p)
+
+
+#: add_plain(layer, x, y, live), adapted_linear(layer, x, live): the plain case in one call, or None; not to be called
+#: while compiling
+add_plain, adapted_linear = _core.lowrank_adder(
     Linear,
     nn.Identity,
-    (nn.Linear,),
-    _WATCHERS,
-    _REGISTRIES,
-    forward_ad.__dict__,
+    nn.Dropout,
+    nn.Linear,
+    _WATCH,
     torch.is_grad_enabled,
     torch.empty_like,
-    LowRank.apply,
+    nn.functional.linear,
+    _noise,
+    # as Function.apply calls it once it has looked for functorch, which is one of the watchers
+    super(torch.autograd.Function, LowRank).apply,
 )

@@ -28,6 +28,13 @@
 #define LOOP_OPEN ((uint64_t)1 << 31)
 #define LOOP_INSIDE(state) ((state) & (LOOP_OPEN - 1))
 
+typedef struct loop {
+    pc_range_fn fn;
+    void *ctx;
+    int64_t n, piece;
+    _Atomic int64_t next;
+} loop;
+
 typedef struct team {
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -38,14 +45,13 @@ typedef struct team {
     atomic_bool stop;
     _Atomic uint64_t state;
 
-    /* the loop that runs now; written only while nobody is inside */
-    pc_range_fn fn;
-    void *ctx;
-    int64_t n, piece;
-    _Atomic int64_t next;
+    loop now; /* written only while nobody is inside */
 } team;
 
 struct pc_runtime {
+    pc_team_fn run; /* whose threads are borrowed, or NULL */
+    pc_number_fn number;
+    pid_t borrower; /* the process that may do so */
     atomic_int threads;
     atomic_int holder; /* the process that has the team in use, 0 when it is free */
     team *team;        /* NULL until needed; guarded by holder */
@@ -60,14 +66,25 @@ static inline void relax(void)
 #endif
 }
 
-static void run_pieces(team *t)
+static void loop_begin(loop *l, int64_t n, int64_t grain, int threads, pc_range_fn fn, void *ctx)
 {
+    int64_t pieces = (int64_t)threads * PIECES_PER_THREAD, piece = n / pieces + (n % pieces != 0);
+    l->fn = fn;
+    l->ctx = ctx;
+    l->n = n;
+    l->piece = piece > grain ? piece : grain;
+    atomic_store_explicit(&l->next, 0, memory_order_relaxed);
+}
+
+static void run_pieces(void *arg)
+{
+    loop *l = arg;
     for (;;) {
-        int64_t begin = atomic_fetch_add_explicit(&t->next, t->piece, memory_order_relaxed);
-        if (begin >= t->n)
+        int64_t begin = atomic_fetch_add_explicit(&l->next, l->piece, memory_order_relaxed);
+        if (begin >= l->n)
             return;
-        int64_t end = t->n - begin < t->piece ? t->n : begin + t->piece;
-        t->fn(t->ctx, begin, end);
+        int64_t end = l->n - begin < l->piece ? l->n : begin + l->piece;
+        l->fn(l->ctx, begin, end);
     }
 }
 
@@ -95,7 +112,7 @@ static void *worker_main(void *arg)
                                                            memory_order_acquire);
         seen = LOOP_NUMBER(state);
         if (joined) {
-            run_pieces(t);
+            run_pieces(&t->now);
             atomic_fetch_sub_explicit(&t->state, 1, memory_order_release);
         }
     }
@@ -186,6 +203,17 @@ pc_status pc_runtime_new(pc_runtime **out, pc_error *err)
     return PC_OK;
 }
 
+pc_status pc_runtime_borrow(pc_runtime **out, pc_team_fn run, pc_number_fn number, pc_error *err)
+{
+    pc_status status = pc_runtime_new(out, err);
+    if (status == PC_OK) {
+        (*out)->run = run;
+        (*out)->number = number;
+        (*out)->borrower = getpid();
+    }
+    return status;
+}
+
 void pc_runtime_free(pc_runtime *rt)
 {
     if (rt == NULL)
@@ -230,6 +258,40 @@ static team *get_team(pc_runtime *rt, int wanted, pid_t self)
     return rt->team;
 }
 
+/* The items shared out among borrowed threads. */
+typedef struct share {
+    pc_number_fn number;
+    pc_range_fn fn;
+    void *ctx;
+    int64_t n, each;
+    atomic_flag *taken; /* of every share */
+} share;
+
+/* Every thread takes its own share first: the owners of the threads share out theirs in the same order, so that the rows
+ * are in the caches of its core. Then it looks for one that nobody has begun, since there may be fewer threads than
+ * were asked for. */
+static void run_share(void *arg)
+{
+    share *s = arg;
+    int64_t shares = (s->n + s->each - 1) / s->each, own = s->number();
+    for (int64_t i = 0; i < shares; i++) {
+        int64_t mine = (own + i) % shares, begin = mine * s->each;
+        if (!atomic_flag_test_and_set_explicit(&s->taken[mine], memory_order_relaxed))
+            s->fn(s->ctx, begin, s->n - begin < s->each ? s->n : begin + s->each);
+    }
+}
+
+static void run_borrowed(pc_runtime *rt, int64_t n, int64_t grain, int threads, pc_range_fn fn, void *ctx)
+{
+    atomic_flag taken[PC_MAX_THREADS];
+    int64_t each = n / threads + (n % threads != 0);
+    share s = {.number = rt->number, .fn = fn, .ctx = ctx, .n = n, .taken = taken};
+    s.each = each > grain ? each : grain;
+    for (int i = 0; i < threads; i++)
+        atomic_flag_clear_explicit(&taken[i], memory_order_relaxed);
+    rt->run(run_share, &s, (unsigned)threads, 0);
+}
+
 void pc_parallel_for(pc_runtime *rt, int64_t n, int64_t grain, pc_range_fn fn, void *ctx)
 {
     if (n <= 0)
@@ -237,26 +299,28 @@ void pc_parallel_for(pc_runtime *rt, int64_t n, int64_t grain, pc_range_fn fn, v
     if (grain < 1)
         grain = 1;
     int threads = rt != NULL ? pc_runtime_threads(rt) : 1;
-    pid_t self;
-    if (threads < 2 || n <= grain || !take(rt, self = getpid())) {
+    if (threads < 2 || n <= grain) {
         fn(ctx, 0, n);
         return;
     }
-    team *t = get_team(rt, threads - 1, self);
+    pid_t self = getpid();
+    if (rt->run != NULL && rt->borrower == self) {
+        run_borrowed(rt, n, grain, threads, fn, ctx);
+        return;
+    }
+    team *t = NULL;
+    if (take(rt, self)) {
+        t = get_team(rt, threads - 1, self);
+        if (t == NULL)
+            give_back(rt);
+    }
     if (t == NULL) {
-        give_back(rt);
         fn(ctx, 0, n);
         return;
     }
-    int64_t pieces = (int64_t)(t->workers + 1) * PIECES_PER_THREAD;
-    int64_t piece = n / pieces + (n % pieces != 0);
-    t->fn = fn;
-    t->ctx = ctx;
-    t->n = n;
-    t->piece = piece > grain ? piece : grain;
-    atomic_store_explicit(&t->next, 0, memory_order_relaxed);
+    loop_begin(&t->now, n, grain, t->workers + 1, fn, ctx);
     announce(t, LOOP_OPEN);
-    run_pieces(t);
+    run_pieces(&t->now);
     finish(t);
     give_back(rt);
 }

@@ -4,6 +4,10 @@
  * them, and again in a child after fork() (threads do not survive a fork).
  * Any number of callers may use one runtime at once: whoever finds the workers
  * busy runs its loop alone.
+ *
+ * A runtime may also borrow the threads of a library that the process has
+ * running: two pools of as many threads as there are cores, each of which
+ * looks out for work for a while before it sleeps, take turns on the cores.
  */
 #ifndef PEFTC_CORE_PARALLEL_H
 #define PEFTC_CORE_PARALLEL_H
@@ -18,6 +22,14 @@ typedef struct pc_runtime pc_runtime;
 
 /* A runtime that uses as many threads as the process may run on. */
 pc_status pc_runtime_new(pc_runtime **out, pc_error *err);
+/* run(body, ctx, threads, 0) calls body(ctx) once on each of at most `threads`
+ * threads, the caller's among them, any number of callers at once, and returns
+ * when all have returned; number() says which of them it is on, from 0:
+ * GOMP_parallel and omp_get_thread_num of OpenMP's libraries.  In a child after
+ * fork(), where such libraries hang, the runtime has threads of its own. */
+typedef void (*pc_team_fn)(void (*body)(void *), void *ctx, unsigned threads, unsigned flags);
+typedef int (*pc_number_fn)(void);
+pc_status pc_runtime_borrow(pc_runtime **out, pc_team_fn run, pc_number_fn number, pc_error *err);
 void pc_runtime_free(pc_runtime *rt); /* joins the workers; no loop may be running */
 
 int pc_runtime_threads(const pc_runtime *rt);

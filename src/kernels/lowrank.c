@@ -41,32 +41,40 @@ static void pack_range(void *ctx, int64_t begin, int64_t end)
         pc_kernels()->pack_lowrank(w->job, true, pc_max(begin, w->panels_a) - w->panels_a, end - w->panels_a, w->b);
 }
 
-/* Run the job; only packing needs memory, and without it the job runs all the same. */
-static void run_rows(pc_runtime *rt, pc_lowrank_job *job)
+/* Pack the job's weights where that is worth it; the memory is the caller's to free, NULL if there is none. Without
+ * panels the job runs all the same. */
+static void *pack_weights(pc_runtime *rt, pc_lowrank_job *job)
 {
     const pc_kernel_table *table = pc_kernels();
     bool down = job->given == NULL, up = job->out != NULL;
     int64_t lanes = table->lanes, widest = lanes * table->max_vectors, ranks = job->ranks;
+    if (job->rows < PACK_ROWS || ranks <= 0)
+        return NULL;
+    int64_t panels_a = down ? pieces_of(ranks, widest) : 0, panels_b = up ? pieces_of(job->n, widest) : 0;
+    size_t floats_a, floats_b, bytes;
     void *room = NULL;
-    if (job->rows >= PACK_ROWS && ranks > 0) {
-        int64_t panels_a = down ? pieces_of(ranks, widest) : 0, panels_b = up ? pieces_of(job->n, widest) : 0;
-        size_t floats_a, floats_b, bytes;
-        if (pc_mul_size((size_t)(down ? pieces_of(ranks, lanes) * lanes : 0), (size_t)job->k, &floats_a) &&
-            pc_mul_size((size_t)(up ? pieces_of(job->n, lanes) * lanes : 0), (size_t)ranks + 1, &floats_b) &&
-            pc_add_size(floats_a, floats_b, &bytes) && pc_mul_size(bytes, sizeof(float), &bytes) &&
-            pc_add_size(bytes, PC_ALIGNMENT, &bytes))
-            room = pc_malloc(bytes);
-        if (room != NULL) {
-            float *a = (float *)(void *)pc_align_up((uintptr_t)room);
-            pack_work pack = {.job = job, .panels_a = panels_a, .a = a, .b = a + floats_a};
-            pc_parallel_for(rt, panels_a + panels_b, grain_of(8.0 * (double)widest * (double)ranks), pack_range, &pack);
-            job->packed_a = down ? pack.a : NULL;
-            job->packed_b = up ? pack.b : NULL;
-        }
+    if (pc_mul_size((size_t)(down ? pieces_of(ranks, lanes) * lanes : 0), (size_t)job->k, &floats_a) &&
+        pc_mul_size((size_t)(up ? pieces_of(job->n, lanes) * lanes : 0), (size_t)ranks + 1, &floats_b) &&
+        pc_add_size(floats_a, floats_b, &bytes) && pc_mul_size(bytes, sizeof(float), &bytes) &&
+        pc_add_size(bytes, PC_ALIGNMENT, &bytes))
+        room = pc_malloc(bytes);
+    if (room != NULL) {
+        float *a = (float *)(void *)pc_align_up((uintptr_t)room);
+        pack_work pack = {.job = job, .panels_a = panels_a, .a = a, .b = a + floats_a};
+        pc_parallel_for(rt, panels_a + panels_b, grain_of(8.0 * (double)widest * (double)ranks), pack_range, &pack);
+        job->packed_a = down ? pack.a : NULL;
+        job->packed_b = up ? pack.b : NULL;
     }
-    double work = (double)UNIT * (double)((down ? job->k : 0) + (up ? job->n : 0)) * (double)ranks;
+    return room;
+}
+
+static void run_rows(pc_runtime *rt, pc_lowrank_job *job)
+{
+    bool down = job->given == NULL, up = job->out != NULL;
+    void *room = pack_weights(rt, job);
+    double work = (double)UNIT * (double)((down ? job->k : 0) + (up ? job->n : 0)) * (double)job->ranks;
     if (job->rows < 2 * UNIT) /* one piece: no detour */
-        table->lowrank(job, 0, job->rows);
+        pc_kernels()->lowrank(job, 0, job->rows);
     else
         pc_parallel_for(rt, pieces_of(job->rows, UNIT), grain_of(work), rows_range, job);
     job->packed_a = job->packed_b = NULL;
@@ -83,6 +91,95 @@ static void run_columns(pc_runtime *rt, pc_outer_job *job)
 {
     double work = (double)COLUMN_UNIT * (double)job->m * (double)job->r;
     pc_parallel_for(rt, pieces_of(job->n, COLUMN_UNIT), grain_of(work), columns_range, job);
+}
+
+/* The gradients of one term, every row taken in hand once: for small weights, of which each chunk of rows can have sums
+ * of its own. Chunks depend on the number of rows alone, so that the sums do not depend on that of threads. */
+#define CHUNK_ROWS 128
+#define MOST_CHUNKS 16
+#define CHUNK_FLOATS 65536
+/* Rows that stay in the second-level cache from one product to the next. */
+#define TOGETHER 64
+
+typedef struct chunks_work {
+    const pc_lowrank_job *back, *low; /* u and dx; h, or NULL when there is nothing to compute */
+    const pc_outer_job *da, *db;      /* each NULL when not wanted */
+    float *parts;                     /* of every chunk: sums for da, then for db */
+    int64_t rows, each, ld_a, ld_b, stride;
+} chunks_work;
+
+static void chunk_range(void *ctx, int64_t begin, int64_t end)
+{
+    const chunks_work *w = ctx;
+    const pc_kernel_table *table = pc_kernels();
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        float *for_a = w->parts + chunk * w->stride, *for_b = for_a + (w->da != NULL ? w->da->r * w->ld_a : 0);
+        int64_t first = chunk * w->each, last = pc_min(w->rows, first + w->each);
+        for (int64_t row = first; row < last; row += TOGETHER) {
+            int64_t until = pc_min(last, row + TOGETHER);
+            if (w->back != NULL)
+                table->lowrank(w->back, row, until);
+            if (w->low != NULL)
+                table->lowrank(w->low, row, until);
+            if (w->da != NULL)
+                table->outer_rows(w->da, row, until - row, for_a, w->ld_a, row > first);
+            if (w->db != NULL)
+                table->outer_rows(w->db, row, until - row, for_b, w->ld_b, row > first);
+        }
+    }
+}
+
+typedef struct join_work {
+    const pc_outer_job *job;
+    const float *parts;
+    int64_t count, stride, ld;
+} join_work;
+
+static void join_range(void *ctx, int64_t begin, int64_t end)
+{
+    const join_work *w = ctx;
+    pc_kernels()->outer_join(w->job, w->parts, w->count, w->stride, w->ld, begin * COLUMN_UNIT,
+                             pc_min(w->job->n, end * COLUMN_UNIT));
+}
+
+/* false, with nothing done, where the weights are too large for this or there is no memory. */
+static bool run_chunks(pc_runtime *rt, pc_lowrank_job *back, pc_lowrank_job *low, const pc_outer_job *da,
+                       const pc_outer_job *db, int64_t rows, int64_t ranks)
+{
+    int64_t widest = pc_kernels()->lanes * pc_kernels()->max_vectors;
+    chunks_work w = {.back = back, .low = low, .da = da, .db = db, .rows = rows};
+    w.ld_a = da != NULL ? pieces_of(da->n, widest) * widest : 0;
+    w.ld_b = db != NULL ? pieces_of(db->n, widest) * widest : 0;
+    if (rows == 0 || ranks == 0 || (w.ld_a + w.ld_b) > CHUNK_FLOATS / ranks)
+        return false;
+    w.stride = ranks * (w.ld_a + w.ld_b);
+    w.each = pc_max(CHUNK_ROWS, pieces_of(pieces_of(rows, MOST_CHUNKS), UNIT) * UNIT);
+    int64_t count = pieces_of(rows, w.each);
+    w.parts = pc_malloc((size_t)(count * w.stride) * sizeof *w.parts);
+    if (w.parts == NULL)
+        return false;
+    void *packed = back != NULL ? pack_weights(rt, back) : NULL, *more = low != NULL ? pack_weights(rt, low) : NULL;
+    double work = 2.0 * (double)w.each * (double)w.stride;
+    if (count == 1)
+        chunk_range(&w, 0, 1);
+    else
+        pc_parallel_for(rt, count, grain_of(work), chunk_range, &w);
+    pc_free(packed);
+    pc_free(more);
+    const pc_outer_job *all[] = {da, db};
+    for (int i = 0; i < 2; i++) {
+        if (all[i] == NULL)
+            continue;
+        join_work join = {.job = all[i], .parts = w.parts, .count = count, .stride = w.stride, .ld = w.ld_a};
+        if (i == 1) {
+            join.parts += da != NULL ? ranks * w.ld_a : 0;
+            join.ld = w.ld_b;
+        }
+        pc_parallel_for(rt, pieces_of(all[i]->n, COLUMN_UNIT), grain_of((double)(count * ranks * COLUMN_UNIT)), join_range,
+                        &join);
+    }
+    pc_free(w.parts);
+    return true;
 }
 
 /* count elements of `size` bytes, or NULL with the error set. */
@@ -136,8 +233,9 @@ static pc_status forward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, co
 }
 
 static pc_status backward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, const double *grad, int64_t ldg,
-                              const double *x, int64_t ldx, const pc_lowrank_term *term, double *dx, int64_t lddx,
-                              double *da, double *db, double *de, double *u, double *h, pc_error *err)
+                              const double *x, int64_t ldx, const pc_lowrank_term *term, const double *base,
+                              int64_t ldbase, double *dx, int64_t lddx, double *da, double *db, double *de, double *u,
+                              double *h, pc_error *err)
 {
     int64_t r = term->r;
     double scale = term->scale;
@@ -155,8 +253,11 @@ static pc_status backward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, c
         if (h != NULL)
             pc_scale_columns(rt, PC_F64, m, r, h, PC_F64, term->e, h);
     }
+    for (int64_t i = 0; i < m && status == PC_OK && base != NULL && base != dx; i++)
+        memcpy(dx + i * lddx, base + i * ldbase, (size_t)k * sizeof *dx);
     if (status == PC_OK && dx != NULL)
-        status = pc_gemm(rt, PC_F64, false, false, m, k, r, scale, u, r, term->a, k, 0.0, dx, lddx, err);
+        status = pc_gemm(rt, PC_F64, false, false, m, k, r, scale, u, r, term->a, k, base != NULL ? 1.0 : 0.0, dx, lddx,
+                         err);
     if (status == PC_OK && da != NULL)
         status = pc_gemm(rt, PC_F64, true, false, r, k, m, scale, u, r, x, ldx, 0.0, da, k, err);
     if (status == PC_OK && db != NULL)
@@ -168,7 +269,7 @@ static pc_status backward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, c
 
 pc_status pc_lowrank_forward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, int64_t k, const void *x, int64_t ldx,
                              const void *y, int64_t ldy, void *out, int64_t ldo, const pc_lowrank_term *terms,
-                             int count, pc_error *err)
+                             int count, float *hidden, pc_error *err)
 {
     int64_t ranks = 0, widest = 0;
     for (int t = 0; t < count; t++) {
@@ -178,7 +279,7 @@ pc_status pc_lowrank_forward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, 
             return pc_fail(err, PC_ERR_UNSUPPORTED, "low-rank product: the ranks add up to more than %d",
                            PC_LOWRANK_MOST);
     }
-    if (m <= 0 || n <= 0)
+    if (m <= 0 || (n <= 0 && hidden == NULL))
         return PC_OK;
     if (dt == PC_F64)
         return forward_f64(rt, m, n, k, x, ldx, y, ldy, out, ldo, terms, count, widest, err);
@@ -186,6 +287,8 @@ pc_status pc_lowrank_forward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, 
     job.count = count;
     job.ranks = (int)ranks;
     job.terms = terms;
+    job.keep = hidden;
+    job.out = n > 0 ? out : NULL;
     job.rows = m;
     run_rows(rt, &job);
     return PC_OK;
@@ -203,57 +306,64 @@ static void rank_sums(pc_dtype dt, int64_t m, int64_t r, const float *u, const f
 }
 
 pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n, int64_t k, const void *grad,
-                              int64_t ldg, const void *x, int64_t ldx, const pc_lowrank_term *term, void *dx,
-                              int64_t lddx, void *da, void *db, void *de, pc_error *err)
+                              int64_t ldg, const void *x, int64_t ldx, const pc_lowrank_term *term,
+                              const float *hidden, const void *base, int64_t ldbase, void *dx, int64_t lddx, void *da,
+                              void *db, void *de, pc_error *err)
 {
     int64_t r = term->r;
     if (r > PC_LOWRANK_MOST)
         return pc_fail(err, PC_ERR_UNSUPPORTED, "low-rank product: a rank of more than %d", PC_LOWRANK_MOST);
-    bool hidden = db != NULL || de != NULL, kept = da != NULL || de != NULL;
+    bool computed = hidden == NULL && (db != NULL || de != NULL), kept = da != NULL || de != NULL;
     size_t size = dt == PC_F64 ? sizeof(double) : sizeof(float);
     void *u = NULL, *h = NULL;
     if (((kept || dt == PC_F64) && (u = scratch(m, r, size, err)) == NULL) ||
-        (hidden && (h = scratch(m, r, size, err)) == NULL)) {
+        (computed && (h = scratch(m, r, size, err)) == NULL)) {
         pc_free(u);
         return PC_ERR_NOMEM;
     }
     pc_status status = PC_OK;
     if (dt == PC_F64) {
-        status = backward_f64(rt, m, n, k, grad, ldg, x, ldx, term, dx, lddx, da, db, de, u, h, err);
+        status = backward_f64(rt, m, n, k, grad, ldg, x, ldx, term, base, ldbase, dx, lddx, da, db, de, u, h, err);
     } else {
         pc_lowrank_term back = *term, only = *term;
         back.a = term->b;
         back.b = term->a;
         back.bias = NULL;
         pc_lowrank_job job = {.dt = dt, .k = n, .n = k, .x = grad, .ldx = ldg, .out = dx, .ldo = lddx, .count = 1};
+        job.y = base;
+        job.ldy = ldbase;
         job.ranks = (int)r;
         job.terms = &back;
         job.swapped = true;
         job.keep = u;
         job.rows = m;
-        if (dx != NULL || kept)
-            run_rows(rt, &job);
-        if (hidden) {
-            job = (pc_lowrank_job){.dt = dt, .k = k, .n = n, .x = x, .ldx = ldx, .count = 1, .ranks = (int)r};
-            job.terms = &only;
-            job.keep = h;
-            job.rows = m;
-            run_rows(rt, &job);
+        pc_lowrank_job low = {.dt = dt, .k = k, .n = n, .x = x, .ldx = ldx, .count = 1, .ranks = (int)r};
+        low.terms = &only;
+        low.keep = h;
+        low.rows = m;
+        pc_outer_job for_a = {.dt = dt, .m = m, .n = k, .r = r, .h = u, .x = x, .ldx = ldx, .e = term->e, .c = da};
+        for_a.scale = term->scale;
+        pc_outer_job for_b = for_a;
+        for_b.n = n;
+        for_b.h = computed ? h : hidden;
+        for_b.x = grad;
+        for_b.ldx = ldg;
+        for_b.c = db;
+        for_b.transposed = true;
+        pc_lowrank_job *back_job = dx != NULL || kept ? &job : NULL, *low_job = computed ? &low : NULL;
+        const pc_outer_job *a_job = da != NULL ? &for_a : NULL, *b_job = db != NULL ? &for_b : NULL;
+        if ((a_job == NULL && b_job == NULL) || !run_chunks(rt, back_job, low_job, a_job, b_job, m, r)) {
+            if (back_job != NULL)
+                run_rows(rt, back_job);
+            if (low_job != NULL)
+                run_rows(rt, low_job);
+            if (a_job != NULL)
+                run_columns(rt, &for_a);
+            if (b_job != NULL)
+                run_columns(rt, &for_b);
         }
-        pc_outer_job outer = {.dt = dt, .m = m, .n = k, .r = r, .h = u, .x = x, .ldx = ldx, .e = term->e, .c = da};
-        outer.scale = term->scale;
-        if (da != NULL)
-            run_columns(rt, &outer);
-        outer.n = n;
-        outer.h = h;
-        outer.x = grad;
-        outer.ldx = ldg;
-        outer.c = db;
-        outer.transposed = true;
-        if (db != NULL)
-            run_columns(rt, &outer);
         if (de != NULL)
-            rank_sums(dt, m, r, u, h, term->scale, de);
+            rank_sums(dt, m, r, u, computed ? h : hidden, term->scale, de);
     }
     pc_free(u);
     pc_free(h);

@@ -452,6 +452,27 @@ static void put_transposed(const pc_outer_job *job, const float *sums, int64_t w
         }
 }
 
+/* c, ranks [p0, p0 + ranks) of columns [col, col + cols) ← sums (ranks, width) ⊙ e · scale. */
+static void leave_sums(const pc_outer_job *job, float *sums, int64_t width, int64_t col, int64_t cols, int64_t p0,
+                       int64_t ranks)
+{
+    for (int64_t p = 0; p < ranks; p++) {
+        float e = 1.0f, *row = sums + p * width;
+        if (job->e != NULL)
+            widen_row(job->dt, job->e, p0 + p, 1, &e);
+        row_scale(cols, row, (double)e * job->scale, row);
+        if (job->transposed)
+            continue;
+        int64_t at = (p0 + p) * job->n + col;
+        if (job->dt == PC_F32)
+            memcpy((float *)job->c + at, row, (size_t)cols * sizeof(float));
+        else
+            isa_narrow(job->dt, row, cols, (uint16_t *)job->c + at);
+    }
+    if (job->transposed)
+        put_transposed(job, sums, width, col, cols, p0, ranks);
+}
+
 static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)
 {
     ALIGNED float panel[SLICE * WIDTH(MAX_VECTORS)];
@@ -468,21 +489,51 @@ static void isa_outer(const pc_outer_job *job, int64_t begin, int64_t end)
                 rows_by_panel(ranks, rows, job->h + p0 * job->m + i0, job->m, panel, width, vectors, sums, width,
                               i0 > 0, VW);
             }
-            for (int64_t p = 0; p < ranks; p++) {
-                float e = 1.0f, *row = sums + p * width;
-                if (job->e != NULL)
-                    widen_row(job->dt, job->e, p0 + p, 1, &e);
-                row_scale(cols, row, (double)e * job->scale, row);
-                if (job->transposed)
-                    continue;
-                int64_t at = (p0 + p) * job->n + col;
-                if (job->dt == PC_F32)
-                    memcpy((float *)job->c + at, row, (size_t)cols * sizeof(float));
-                else
-                    isa_narrow(job->dt, row, cols, (uint16_t *)job->c + at);
+            leave_sums(job, sums, width, col, cols, p0, ranks);
+        }
+    }
+}
+
+/* The part of the sums that `rows` rows from `row` on make up. Whole panels are read where they lie: the caller has
+ * just had these rows in hand. */
+static void isa_outer_rows(const pc_outer_job *job, int64_t row, int64_t rows, float *part, int64_t ldp, bool accumulate)
+{
+    ALIGNED float panel[SLICE * WIDTH(MAX_VECTORS)];
+    for (int64_t i0 = 0; i0 < rows; i0 += SLICE) {
+        int64_t depth = pc_min(SLICE, rows - i0);
+        for (int64_t col = 0; col < job->n; col += WIDTH(MAX_VECTORS)) {
+            int64_t cols = pc_min(WIDTH(MAX_VECTORS), job->n - col), vectors = (cols + VW - 1) / VW, width = vectors * VW;
+            const float *b = panel;
+            int64_t ldb = width;
+            if (job->dt == PC_F32 && cols == width) {
+                b = (const float *)job->x + (row + i0) * job->ldx + col;
+                ldb = job->ldx;
+            } else {
+                fill_panel(job->dt, job->x, false, job->ldx, col, cols, row + i0, depth, panel, width);
             }
-            if (job->transposed)
-                put_transposed(job, sums, width, col, cols, p0, ranks);
+            rows_by_panel(job->r, depth, job->h + row + i0, job->m, b, ldb, vectors, part + col, ldp,
+                          accumulate || i0 > 0, VW);
+        }
+    }
+}
+
+static void isa_outer_join(const pc_outer_job *job, const float *parts, int64_t count, int64_t stride, int64_t ldp,
+                           int64_t begin, int64_t end)
+{
+    ALIGNED float sums[OUTER_RANKS * WIDTH(MAX_VECTORS)];
+    for (int64_t col = begin; col < end; col += WIDTH(MAX_VECTORS)) {
+        int64_t cols = pc_min(WIDTH(MAX_VECTORS), end - col), vectors = (cols + VW - 1) / VW, width = vectors * VW;
+        for (int64_t p0 = 0; p0 < job->r; p0 += OUTER_RANKS) {
+            int64_t ranks = pc_min(OUTER_RANKS, job->r - p0);
+            for (int64_t p = 0; p < ranks; p++)
+                for (int64_t j = 0; j < width; j += VW) {
+                    const float *from = parts + (p0 + p) * ldp + col + j;
+                    V sum = v_load(from);
+                    for (int64_t i = 1; i < count; i++)
+                        sum = sum + v_load(from + i * stride);
+                    v_store(sums + p * width + j, sum);
+                }
+            leave_sums(job, sums, width, col, cols, p0, ranks);
         }
     }
 }

@@ -396,6 +396,7 @@ static void isa_narrow(pc_dtype dt, const float *src, int64_t n, void *dst_)
 
 #include "simd_attention.h"
 #include "simd_lowrank.h"
+#include "simd_mersenne.h"
 
 const pc_kernel_table TABLE_NAME = {
     .name = TABLE_TEXT,
@@ -415,6 +416,11 @@ const pc_kernel_table TABLE_NAME = {
     .lowrank = isa_lowrank,
     .pack_lowrank = isa_pack_lowrank,
     .outer = isa_outer,
+    .outer_rows = isa_outer_rows,
+    .outer_join = isa_outer_join,
+    .twist = isa_twist,
+    .temper = isa_temper,
+    .choose = isa_choose,
     .head_scratch = isa_head_scratch,
     .head = isa_head,
     .head_back_scratch = isa_head_back_scratch,

@@ -106,7 +106,7 @@ typedef struct pc_lowrank_job {
     int count, ranks; /* terms, and their ranks together, at most PC_LOWRANK_MOST */
     const pc_lowrank_term *terms;
     bool swapped; /* a is (k,r) and b is (r,n) */
-    float *keep;  /* x · aᵀ of the one term, transposed: (r, rows); or NULL */
+    float *keep;  /* x · aᵀ of all terms, transposed: (ranks, rows); or NULL */
     int64_t rows;
     /* For many rows, all weights in panels as `pack_lowrank` lays them out; or NULL. */
     const float *packed_a, *packed_b;
@@ -180,6 +180,16 @@ typedef struct pc_kernel_table {
     void (*pack_lowrank)(const pc_lowrank_job *job, bool b, int64_t begin, int64_t end, float *to);
     /* Columns [begin, end). */
     void (*outer)(const pc_outer_job *job, int64_t begin, int64_t end);
+    /* The same in two steps: part (r, ldp), ldp ≥ n in whole panels, (+)= h · x of some rows, before e and scale; then
+     * columns [begin, end) of c from `count` parts that lie `stride` floats apart. */
+    void (*outer_rows)(const pc_outer_job *job, int64_t row, int64_t rows, float *part, int64_t ldp, bool accumulate);
+    void (*outer_join)(const pc_outer_job *job, const float *parts, int64_t count, int64_t stride, int64_t ldp,
+                       int64_t begin, int64_t end);
+    /* mersenne.h: the generator's next words; n of them as they are given out; out (n), elements of 2, 4 or 8 bytes, ←
+     * bits where the number that two of those make is less than `below`, else 0. */
+    void (*twist)(uint32_t *words);
+    void (*temper)(const uint32_t *words, int64_t n, uint32_t *out);
+    void (*choose)(const uint32_t *words, int64_t n, uint64_t below, uint64_t bits, int bytes, void *out);
     int64_t (*head_scratch)(int64_t tk, int64_t dim);
     void (*head)(const pc_head_job *job);
     int64_t (*head_back_scratch)(int64_t tk, int64_t dim);

@@ -66,7 +66,7 @@ static pc_status factor_gradients(const pc_call *call, const pc_adapter *adapter
     }
     if (status != PC_OK || !any)
         return status;
-    status = pc_lowrank_backward(call->rt, call->compute, call->rows, n, k, dy, n, dropped, k, term, NULL, k, made[0],
+    status = pc_lowrank_backward(call->rt, call->compute, call->rows, n, k, dy, n, dropped, k, term, NULL, NULL, 0, NULL, k, made[0],
                                  made[1], made[2], err);
     for (int i = 0; i < 3 && status == PC_OK; i++)
         if (made[i] != NULL)

@@ -1,4 +1,8 @@
+#define _GNU_SOURCE
 #include "dlpack.h"
+
+#include <dlfcn.h>
+#include <string.h>
 
 /* ------------------------------------------------- what DLPack 1.x lays down */
 
@@ -37,6 +41,7 @@ typedef struct peftc_torch {
     PyObject *is_neg_method; /* torch.Tensor.is_neg */
     PyCFunction is_neg;      /* and what is behind it, where it is a plain function of C */
     PyObject *get_num_threads;
+    pc_runtime *threads; /* torch's, or NULL */
     PyObject *float32, *float64, *float16, *bfloat16;
     PyObject *data_ptr, *shape, *stride, *dtype, *device, *type; /* names */
 } peftc_torch;
@@ -51,6 +56,7 @@ static void torch_free(peftc_torch *torch)
                           &torch->device, &torch->type};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         Py_CLEAR(*owned[i]);
+    pc_runtime_free(torch->threads);
     PyMem_Free(torch);
 }
 
@@ -82,6 +88,18 @@ static describe_fn describe_of(PyObject *capsule)
     while (api != NULL && api->major > MAJOR_VERSION)
         api = api->older;
     return api != NULL && api->major == MAJOR_VERSION ? api->describe : NULL;
+}
+
+/* torch's threads, if its OpenMP is one that all of the process can see, as torch arranges for where it can. */
+static pc_runtime *borrow_threads(void)
+{
+    pc_team_fn run;
+    pc_number_fn number;
+    void *team = dlsym(RTLD_DEFAULT, "GOMP_parallel"), *index = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    pc_runtime *threads = NULL;
+    memcpy(&run, &team, sizeof run); /* C has no cast from an object's address to a function's */
+    memcpy(&number, &index, sizeof number);
+    return team != NULL && index != NULL && pc_runtime_borrow(&threads, run, number, NULL) == PC_OK ? threads : NULL;
 }
 
 /* What torch has, or NULL with an exception if it lacks something. */
@@ -122,6 +140,7 @@ static peftc_torch *torch_learn(PyObject *module)
     torch->capsule = PyObject_GetAttrString((PyObject *)torch->tensor, "__dlpack_c_exchange_api__");
     PyErr_Clear(); /* without one: attribute by attribute */
     torch->describe = describe_of(torch->capsule);
+    torch->threads = borrow_threads();
     Py_DECREF(nn);
     return torch;
 failed:
@@ -149,10 +168,17 @@ static peftc_torch *torch_find(peftc_state *state)
 pc_runtime *peftc_torch_runtime(peftc_state *state)
 {
     PyObject *count = state->torch != NULL ? PyObject_CallNoArgs(state->torch->get_num_threads) : NULL;
-    bool one = count != NULL && PyLong_Check(count) && PyLong_AsLong(count) == 1;
+    long most = count != NULL && PyLong_Check(count) ? PyLong_AsLong(count) : -1;
+    int ours = pc_runtime_threads(state->rt);
     Py_XDECREF(count);
     PyErr_Clear();
-    return one ? NULL : state->rt;
+    if (most == 1)
+        return NULL;
+    pc_runtime *threads = state->torch != NULL ? state->torch->threads : NULL;
+    if (threads == NULL)
+        return state->rt;
+    /* Set anew each time: both numbers may have changed. */
+    return pc_runtime_set_threads(threads, most > 1 && most < ours ? (int)most : ours, NULL) == PC_OK ? threads : NULL;
 }
 
 /* ------------------------------------------------------------------- reading */

@@ -42,8 +42,9 @@ bool peftc_tensor_rows(const peftc_tensor *tensor, peftc_rows *out);
 /* Whether the tensor's elements lie one after the other in the order of its dimensions. */
 bool peftc_tensor_packed(const peftc_tensor *tensor);
 
-/* The threads that a kernel on torch's tensors may use: ours, but none where torch is told to use one, as in workers of a
- * DataLoader and in servers with a process per core. */
+/* The threads that a kernel on torch's tensors may use: torch's own, where its OpenMP can be found, since they look out for
+ * work on every core between torch's operations; else ours. No more than torch is told to use and than we are told to:
+ * NULL, no others than the caller's, in workers of a DataLoader and in servers with a process per core. */
 pc_runtime *peftc_torch_runtime(peftc_state *state);
 
 /* What is remembered about torch; in the module's state. */

@@ -110,6 +110,7 @@ static int (*const parts[])(PyObject *module, peftc_state *state) = {
     peftc_add_torch_tree,
     peftc_add_torch_places,
     peftc_add_torch_forward,
+    peftc_add_torch_node,
 };
 
 static int exec_module(PyObject *module)

@@ -1,36 +1,43 @@
-/* The forward pass of LoRA's linear layers on torch: from the layer to the sum in one call.
+/* The forward pass of adapted linear layers on torch: from the layer to the sum in one call.
  *
  * For one token a layer's low-rank sum takes under a microsecond; looking the factors up in Python would take several.
  * Whatever is not the plain case is left to the caller, who has torch's operations for it. */
 #include "py_torch_operand.h"
+#include "py_torch_watch.h"
 
-/* What `lowrank_adder` is given, and names; the items of the tuple that is the made function's `self`. */
+/* What `lowrank_adder` is given, and names; the items of the tuple that is the made functions' `self`. */
 enum piece {
-    MODULE,   /* peftc._core */
-    FACTOR,   /* the class of A and B */
-    IDENTITY, /* the class of a dropout that drops nothing */
-    FRESH,    /* a tuple of classes whose output is nobody else's */
-    WATCHERS, /* a tuple of functions without arguments: True, or anything but None, 0 and False, if somebody watches */
-    REGISTRIES, /* a tuple of containers that are empty as long as nobody watches */
-    LEVELS,   /* the dict whose "_current_level" is -1 outside forward-mode differentiation */
+    MODULE,       /* peftc._core */
+    FACTOR,       /* the class of A and B */
+    IDENTITY,     /* the class of a dropout that drops nothing */
+    DROPOUT,      /* torch.nn.Dropout */
+    FRESH,        /* the class of base layers whose output is nobody else's: nn.Linear */
+    WATCH,        /* see py_torch_watch.h */
     GRAD_ENABLED, /* torch.is_grad_enabled */
     EMPTY_LIKE,   /* torch.empty_like */
-    RECORD,       /* (x, y, A, B, scale) → y + scale · (x Aᵀ) Bᵀ, which autograd knows of */
+    LINEAR,       /* torch.nn.functional.linear */
+    NOISE,        /* (x, p) → what dropout multiplies x with, or None where it is torch's to do */
+    RECORD,       /* (x, y, W, bias, A, B, E, scale, noise) → y + scale · (((x ∘ noise) Aᵀ) ∘ E) Bᵀ, which autograd knows
+                     of; with x Wᵀ + bias for y if that is None */
     PIECES,       /* names from here on */
     MODULES = PIECES,
     PARAMETERS,
     BASE_LAYER,
     LORA_A,
     LORA_B,
+    LORA_E,
     LORA_DROPOUT,
     SCALING,
+    RANKNUM,
     USE_DORA,
     INITIAL,
     WEIGHT,
     BIAS,
+    FORWARD,
+    P,
+    INPLACE,
     TRAINING,
     REQUIRES_GRAD,
-    CURRENT_LEVEL,
     FORWARD_HOOKS,
     FORWARD_PRE_HOOKS,
     BACKWARD_HOOKS,
@@ -39,9 +46,9 @@ enum piece {
 };
 
 static const char *const names[COUNT - PIECES] = {
-    "_modules", "_parameters", "base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "use_dora", "_initial",
-    "weight", "bias", "training", "requires_grad", "_current_level", "_forward_hooks", "_forward_pre_hooks",
-    "_backward_hooks", "_backward_pre_hooks",
+    "_modules", "_parameters", "base_layer", "lora_A", "lora_B", "lora_E", "lora_dropout", "scaling", "ranknum",
+    "use_dora", "_initial", "weight", "bias", "forward", "p", "inplace", "training", "requires_grad", "_forward_hooks",
+    "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 };
 
 /* References are borrowed where nothing runs other Python code before their last use; factors are held, because an
@@ -85,41 +92,10 @@ static PyObject *children_of(call *c, PyObject *layer, int field)
     return own(c, item(c, own(c, layer, MODULES), PIECE(c, field)), MODULES);
 }
 
-static bool is_empty(PyObject *container)
-{
-    if (container == NULL)
-        return true;
-    Py_ssize_t size = PyDict_Check(container) ? PyDict_Size(container) : PyObject_Size(container);
-    if (size < 0)
-        PyErr_Clear();
-    return size == 0;
-}
-
 static bool has_hooks(call *c, PyObject *module)
 {
-    return !is_empty(own(c, module, FORWARD_HOOKS)) || !is_empty(own(c, module, FORWARD_PRE_HOOKS)) ||
-           !is_empty(own(c, module, BACKWARD_HOOKS)) || !is_empty(own(c, module, BACKWARD_PRE_HOOKS));
-}
-
-/* Does nothing see or change the operations of this thread? */
-static bool nobody_watches(call *c)
-{
-    PyObject *registries = PIECE(c, REGISTRIES), *watchers = PIECE(c, WATCHERS);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(registries); i++)
-        if (!is_empty(PyTuple_GET_ITEM(registries, i)))
-            return false;
-    PyObject *level = item(c, PIECE(c, LEVELS), PIECE(c, CURRENT_LEVEL));
-    if (level == NULL || !PyLong_Check(level) || PyLong_AsLong(level) >= 0)
-        return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers); i++) {
-        PyObject *seen = PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers, i));
-        int watched = seen == NULL ? -1 : PyObject_IsTrue(seen);
-        Py_XDECREF(seen);
-        c->failed = c->failed || watched < 0;
-        if (watched != 0)
-            return false;
-    }
-    return true;
+    return !peftc_is_empty(own(c, module, FORWARD_HOOKS)) || !peftc_is_empty(own(c, module, FORWARD_PRE_HOOKS)) ||
+           !peftc_is_empty(own(c, module, BACKWARD_HOOKS)) || !peftc_is_empty(own(c, module, BACKWARD_PRE_HOOKS));
 }
 
 /* Is the attribute's value the object True? */
@@ -132,8 +108,9 @@ static bool is_true(call *c, PyObject *object, int name)
 }
 
 typedef struct factors {
-    PyObject *a, *b, *bias, *initial_a, *initial_b; /* the last two may be NULL */
+    PyObject *a, *b, *e, *bias, *initial_a, *initial_b; /* held; e and the last two may be NULL */
     double scale;
+    PyObject *p; /* of the dropout on x, held; NULL when nothing is dropped */
 } factors;
 
 static void forget(factors *all, int count)
@@ -141,22 +118,63 @@ static void forget(factors *all, int count)
     for (int i = 0; i < count; i++) {
         Py_XDECREF(all[i].a);
         Py_XDECREF(all[i].b);
+        Py_XDECREF(all[i].e);
         Py_XDECREF(all[i].bias);
         Py_XDECREF(all[i].initial_a);
         Py_XDECREF(all[i].initial_b);
+        Py_XDECREF(all[i].p);
     }
 }
 
-/* What one adapter has here. False for what is not the plain case. */
-static bool read_factors(call *c, PyObject *layer, PyObject *name, PyObject *a_modules, factors *out)
+/* What the adapter's dropout does now. False for what is not the plain case. */
+static bool read_dropout(call *c, PyObject *layer, PyObject *name, factors *out)
 {
-    PyObject *down = item(c, a_modules, name), *up = item(c, children_of(c, layer, LORA_B), name);
     PyObject *dropout = item(c, children_of(c, layer, LORA_DROPOUT), name);
+    if (dropout == NULL)
+        return false;
+    if ((PyObject *)Py_TYPE(dropout) == PIECE(c, IDENTITY) || own(c, dropout, TRAINING) == Py_False)
+        return true;
+    if ((PyObject *)Py_TYPE(dropout) != PIECE(c, DROPOUT) || own(c, dropout, INPLACE) != Py_False || has_hooks(c, dropout))
+        return false;
+    out->p = Py_XNewRef(own(c, dropout, P));
+    return out->p != NULL;
+}
+
+/* A parameter of a ParameterDict that is a child of the layer, borrowed. */
+static PyObject *parameter_in(call *c, PyObject *layer, int field, PyObject *name)
+{
+    return item(c, own(c, item(c, own(c, layer, MODULES), PIECE(c, field)), PARAMETERS), name);
+}
+
+/* What an AdaLora adapter has here. False for what is not the plain case. */
+static bool read_triplet(call *c, PyObject *layer, PyObject *name, factors *out)
+{
+    peftc_tensor ranknum;
+    out->a = Py_XNewRef(parameter_in(c, layer, LORA_A, name));
+    out->b = Py_XNewRef(parameter_in(c, layer, LORA_B, name));
+    out->e = Py_XNewRef(parameter_in(c, layer, LORA_E, name));
+    out->bias = Py_NewRef(Py_None);
+    PyObject *count = parameter_in(c, layer, RANKNUM, name), *scale = item(c, own(c, layer, SCALING), name);
+    if (out->a == NULL || out->b == NULL || out->e == NULL || count == NULL || scale == NULL || !read_dropout(c, layer, name, out) ||
+        !operand_number(scale, &out->scale) || !peftc_read_tensor(c->state, count, &ranknum))
+        return false;
+    for (int i = 0; i < ranknum.ndim; i++)
+        if (ranknum.shape[i] != 1)
+            return false;
+    out->scale /= pc_get_double(ranknum.dtype, ranknum.data, 0) + 1e-5; /* as in the authors' code */
+    return true;
+}
+
+/* What one adapter has here, of LoRA or AdaLora. False for what is not the plain case. */
+static bool read_factors(call *c, PyObject *layer, PyObject *name, factors *out)
+{
+    PyObject *down = item(c, children_of(c, layer, LORA_A), name), *up = item(c, children_of(c, layer, LORA_B), name);
+    if (down == NULL)
+        return !c->failed && read_triplet(c, layer, name, out);
     PyObject *class = PIECE(c, FACTOR), *initial = item(c, own(c, layer, INITIAL), name);
-    if (down == NULL || up == NULL || dropout == NULL || (PyObject *)Py_TYPE(down) != class ||
-        (PyObject *)Py_TYPE(up) != class || item(c, own(c, layer, USE_DORA), name) != Py_False ||
-        ((PyObject *)Py_TYPE(dropout) != PIECE(c, IDENTITY) && own(c, dropout, TRAINING) != Py_False) ||
-        has_hooks(c, down) || has_hooks(c, up))
+    if (up == NULL || (PyObject *)Py_TYPE(down) != class || (PyObject *)Py_TYPE(up) != class ||
+        item(c, own(c, layer, USE_DORA), name) != Py_False || !read_dropout(c, layer, name, out) || has_hooks(c, down) ||
+        has_hooks(c, up))
         return false;
     out->a = Py_XNewRef(item(c, own(c, down, PARAMETERS), PIECE(c, WEIGHT)));
     out->b = Py_XNewRef(item(c, own(c, up, PARAMETERS), PIECE(c, WEIGHT)));
@@ -169,73 +187,108 @@ static bool read_factors(call *c, PyObject *layer, PyObject *name, PyObject *a_m
     return out->a != NULL && out->b != NULL && out->bias != NULL && scale != NULL && operand_number(scale, &out->scale);
 }
 
-/* Does autograd have to know of the sum? */
+/* Of the adapters in `live`, those that the layer has; false for what is not the plain case. */
+static bool read_all(call *c, PyObject *layer, PyObject *live, factors *all, int *count)
+{
+    PyObject *children = own(c, layer, MODULES), *a = item(c, children, PIECE(c, LORA_A));
+    PyObject *modules = own(c, a, MODULES), *parameters = own(c, a, PARAMETERS);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(live); i++) {
+        PyObject *name = PyTuple_GET_ITEM(live, i);
+        if (item(c, modules, name) == NULL && item(c, parameters, name) == NULL)
+            continue; /* it has nothing on this layer */
+        if (*count == MOST_TERMS / 2 || !read_factors(c, layer, name, &all[(*count)++]))
+            return false;
+    }
+    return a != NULL && !c->failed;
+}
+
+static bool any_requires_grad(call *c, const factors *all, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (is_true(c, all[i].a, REQUIRES_GRAD) || is_true(c, all[i].b, REQUIRES_GRAD) ||
+            (all[i].e != NULL && is_true(c, all[i].e, REQUIRES_GRAD)) ||
+            (all[i].bias != Py_None && is_true(c, all[i].bias, REQUIRES_GRAD)))
+            return true;
+    return false;
+}
+
+/* Does autograd have to know of the sum? y may be NULL. */
 static bool needs_grad(call *c, PyObject *x, PyObject *y, const factors *all, int count)
 {
     PyObject *enabled = PyObject_CallNoArgs(PIECE(c, GRAD_ENABLED));
     bool grad = enabled != Py_False;
     c->failed = c->failed || enabled == NULL;
     Py_XDECREF(enabled);
-    if (!grad)
-        return false;
-    grad = is_true(c, x, REQUIRES_GRAD) || is_true(c, y, REQUIRES_GRAD);
-    for (int i = 0; i < count && !grad; i++)
-        grad = is_true(c, all[i].a, REQUIRES_GRAD) || is_true(c, all[i].b, REQUIRES_GRAD) ||
-               (all[i].bias != Py_None && is_true(c, all[i].bias, REQUIRES_GRAD));
-    return grad;
+    return grad && !c->failed &&
+           (is_true(c, x, REQUIRES_GRAD) || (y != NULL && is_true(c, y, REQUIRES_GRAD)) || any_requires_grad(c, all, count));
 }
 
-/* Is the base layer's output nobody else's, so that it can be overwritten? */
-static bool is_fresh(call *c, PyObject *layer)
+/* The base layer, borrowed, if its output is nobody else's, so that it can be overwritten; else NULL. */
+static PyObject *fresh_base(call *c, PyObject *layer)
 {
-    PyObject *base = item(c, own(c, layer, MODULES), PIECE(c, BASE_LAYER)), *classes = PIECE(c, FRESH);
-    for (Py_ssize_t i = 0; base != NULL && i < PyTuple_GET_SIZE(classes); i++)
-        if ((PyObject *)Py_TYPE(base) == PyTuple_GET_ITEM(classes, i)) {
-            peftc_tensor weight; /* a plain tensor: no subclass that may have remembered what it gave */
-            PyObject *parameter = item(c, own(c, base, PARAMETERS), PIECE(c, WEIGHT));
-            return !has_hooks(c, base) && parameter != NULL && peftc_read_tensor(c->state, parameter, &weight);
-        }
-    return false;
+    peftc_tensor weight; /* a plain tensor: no subclass that may have remembered what it gave */
+    PyObject *base = item(c, own(c, layer, MODULES), PIECE(c, BASE_LAYER)), *parameter = NULL;
+    if (base == NULL || (PyObject *)Py_TYPE(base) != PIECE(c, FRESH) || has_hooks(c, base) ||
+        own(c, base, FORWARD) != NULL || (parameter = item(c, own(c, base, PARAMETERS), PIECE(c, WEIGHT))) == NULL ||
+        !peftc_read_tensor(c->state, parameter, &weight))
+        return NULL;
+    return base;
 }
 
-/* The sum of one adapter such that autograd knows of it, a new reference; NULL without an exception for what is not the
- * plain case. */
-static PyObject *recorded(call *c, PyObject *x, PyObject *y, const factors *one)
+/* Do x and the one adapter's factors go with outputs of `width` columns? */
+static bool fits(call *c, PyObject *x, const factors *one, int64_t width)
 {
     pc_dtype dtype = PC_DTYPE_NONE;
-    operand rows, sum;
-    pc_lowrank_term term;
-    if (one->bias != Py_None || one->initial_a != NULL || !operand_take(c->state, x, &dtype, &rows) ||
-        !operand_take(c->state, y, &dtype, &sum) || !operands_fit(&rows, &sum, &sum) ||
-        !operands_term(c->state, &dtype, &rows, &sum, one->a, one->b, Py_None, Py_None, &term))
-        return NULL;
-    PyObject *scale = PyFloat_FromDouble(one->scale), *result = NULL;
-    if (scale != NULL) {
-        PyObject *arguments[] = {x, y, one->a, one->b, scale};
-        result = PyObject_Vectorcall(PIECE(c, RECORD), arguments, 5, NULL);
-        Py_DECREF(scale);
+    operand rows, down, up, whole;
+    void *e;
+    return one->bias == Py_None && one->initial_a == NULL && operand_take(c->state, x, &dtype, &rows) &&
+           operand_matrix(c->state, one->a, &dtype, &down) && operand_matrix(c->state, one->b, &dtype, &up) &&
+           down.rows.cols == rows.rows.cols && up.rows.rows == width && down.rows.rows == up.rows.cols &&
+           operand_vector(c->state, one->e != NULL ? one->e : Py_None, &dtype, down.rows.rows, true, &e, &whole);
+}
+
+/* The sum of one adapter such that autograd knows of it, a new reference; NULL without an exception where dropout is
+ * torch's to do. */
+static PyObject *record(call *c, PyObject *x, PyObject *y, PyObject *weight, PyObject *bias, const factors *one)
+{
+    PyObject *scale = PyFloat_FromDouble(one->scale), *noise = Py_NewRef(Py_None), *result = NULL;
+    if (scale != NULL && one->p != NULL) {
+        PyObject *arguments[] = {x, one->p};
+        Py_SETREF(noise, PyObject_Vectorcall(PIECE(c, NOISE), arguments, 2, NULL));
     }
-    c->failed = result == NULL;
+    c->failed = scale == NULL || noise == NULL;
+    if (!c->failed && (one->p == NULL || noise != Py_None)) {
+        PyObject *arguments[] = {x, y, weight, bias, one->a, one->b, one->e != NULL ? one->e : Py_None, scale, noise};
+        result = PyObject_Vectorcall(PIECE(c, RECORD), arguments, 9, NULL);
+        c->failed = result == NULL;
+    }
+    Py_XDECREF(scale);
+    Py_XDECREF(noise);
     return result;
 }
 
-/* The sum of `count` adapters, a new reference; NULL without an exception for what is not the plain case. */
-static PyObject *sum_of(call *c, PyObject *layer, PyObject *x, PyObject *y, const factors *all, int count)
+/* Without gradients nobody trains: dropout is left to torch then. */
+static bool any_drops(const factors *all, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (all[i].p != NULL)
+            return true;
+    return false;
+}
+
+/* The sum of `count` adapters in `result`, which may be y; false for what is not the plain case. */
+static bool sum_into(call *c, PyObject *x, PyObject *y, PyObject *result, const factors *all, int count)
 {
     pc_lowrank_term terms[MOST_TERMS];
     int used = 0;
     pc_dtype dtype = PC_DTYPE_NONE;
     operand rows, sum, out;
-    peftc_tensor plain;
-    if (!peftc_read_tensor(c->state, x, &plain) || !peftc_read_tensor(c->state, y, &plain))
-        return NULL;
-    PyObject *result = is_fresh(c, layer) ? Py_NewRef(y) : PyObject_CallOneArg(PIECE(c, EMPTY_LIKE), y);
-    c->failed = c->failed || result == NULL;
-    bool good = result != NULL && operand_take(c->state, x, &dtype, &rows) && operand_take(c->state, y, &dtype, &sum) &&
+    bool good = operand_take(c->state, x, &dtype, &rows) && operand_take(c->state, y, &dtype, &sum) &&
                 operand_take(c->state, result, &dtype, &out) && operands_fit(&rows, &sum, &out);
     for (int i = 0; good && i < count; i++) {
         pc_lowrank_term *term = &terms[used++];
-        good = operands_term(c->state, &dtype, &rows, &out, all[i].a, all[i].b, Py_None, all[i].bias, term);
+        PyObject *e = all[i].e != NULL ? all[i].e : Py_None;
+        good = operands_term(c->state, &dtype, &rows, &out, all[i].a, all[i].b, e, all[i].bias, term);
         term->scale = all[i].scale;
         if (good && all[i].initial_a != NULL) {
             term = &terms[used++];
@@ -244,38 +297,106 @@ static PyObject *sum_of(call *c, PyObject *layer, PyObject *x, PyObject *y, cons
         }
     }
     pc_error err;
-    pc_status status = good ? operands_run(c->state, dtype, &rows, &sum, &out, terms, used, &err) : PC_ERR_UNSUPPORTED;
+    pc_status status = good ? operands_run(c->state, dtype, &rows, &sum, &out, terms, used, NULL, &err) : PC_ERR_UNSUPPORTED;
     if (status == PC_ERR_NOMEM) {
         peftc_raise(c->state, &err);
         c->failed = true;
     }
-    if (status != PC_OK)
+    return status == PC_OK;
+}
+
+static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, const factors *all, int count)
+{
+    peftc_tensor tensor;
+    if (count == 0)
+        return Py_NewRef(y);
+    if (!peftc_nobody_watches(PIECE(c, WATCH), &c->failed) || !peftc_read_tensor(c->state, y, &tensor))
+        return NULL;
+    int64_t width = tensor.ndim > 0 ? tensor.shape[tensor.ndim - 1] : 0;
+    if (needs_grad(c, x, y, all, count))
+        return count == 1 && fits(c, x, &all[0], width) ? record(c, x, y, Py_None, Py_None, &all[0]) : NULL;
+    if (c->failed || any_drops(all, count) || !peftc_read_tensor(c->state, x, &tensor))
+        return NULL;
+    PyObject *result = fresh_base(c, layer) != NULL ? Py_NewRef(y) : PyObject_CallOneArg(PIECE(c, EMPTY_LIKE), y);
+    c->failed = c->failed || result == NULL;
+    if (result != NULL && !sum_into(c, x, y, result, all, count))
         Py_CLEAR(result);
     return result;
 }
 
-static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, PyObject *live)
+/* The base layer's output and the sum in one. */
+static PyObject *whole(call *c, PyObject *layer, PyObject *x, const factors *all, int count)
 {
+    PyObject *base = count > 0 ? fresh_base(c, layer) : NULL;
+    PyObject *weight = item(c, own(c, base, PARAMETERS), PIECE(c, WEIGHT)), *result = NULL;
+    PyObject *bias = item(c, own(c, base, PARAMETERS), PIECE(c, BIAS));
+    peftc_tensor tensor, input;
+    if (weight == NULL || bias == NULL || !peftc_nobody_watches(PIECE(c, WATCH), &c->failed) ||
+        !peftc_read_tensor(c->state, x, &input) || !peftc_read_tensor(c->state, weight, &tensor) || tensor.ndim != 2 ||
+        tensor.dtype != input.dtype || input.ndim == 0 || tensor.shape[1] != input.shape[input.ndim - 1] ||
+        (bias != Py_None && !peftc_read_tensor(c->state, bias, &input)))
+        return NULL;
+    int64_t width = tensor.shape[0];
+    Py_INCREF(weight); /* held, because calls of torch let other threads run */
+    Py_INCREF(bias);
+    bool grad = needs_grad(c, x, NULL, all, count);
+    if (!c->failed && (is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && is_true(c, bias, REQUIRES_GRAD)))) {
+        /* a base layer that is trained, too, is autograd's */
+    } else if (!c->failed && grad) {
+        if (count == 1 && fits(c, x, &all[0], width))
+            result = record(c, x, Py_None, weight, bias, &all[0]);
+    } else if (!c->failed) {
+        bool good = !any_drops(all, count);
+        for (int i = 0; i < count; i++) {
+            factors plain = all[i];
+            plain.bias = Py_None;
+            plain.initial_a = NULL;
+            good = good && fits(c, x, &plain, width);
+        }
+        PyObject *arguments[] = {x, weight, bias};
+        if (good)
+            result = PyObject_Vectorcall(PIECE(c, LINEAR), arguments, 3, NULL);
+        c->failed = good && result == NULL;
+        if (result != NULL && !sum_into(c, x, result, result, all, count))
+            Py_CLEAR(result);
+    }
+    Py_DECREF(weight);
+    Py_DECREF(bias);
+    return result;
+}
+
+/* With y, the sum of it and of the adapters; with NULL, of the base layer's output and them. */
+static PyObject *answer(PyObject *self, PyObject *layer, PyObject *x, PyObject *y, PyObject *live)
+{
+    call c = {.self = self, .state = peftc_get_state(PyTuple_GET_ITEM(self, MODULE))};
     factors all[MOST_TERMS / 2] = {{0}}; /* initial factors take a term of their own */
     int count = 0;
-    PyObject *a_modules = children_of(c, layer, LORA_A), *result = NULL;
-    bool good = a_modules != NULL;
-    for (Py_ssize_t i = 0; good && i < PyTuple_GET_SIZE(live); i++) {
-        PyObject *name = PyTuple_GET_ITEM(live, i);
-        if (item(c, a_modules, name) != NULL) /* else it has nothing on this layer */
-            good = count < MOST_TERMS / 2 && read_factors(c, layer, name, a_modules, &all[count++]);
-    }
-    if (good && count == 0)
-        result = Py_NewRef(y);
-    else if (good && nobody_watches(c)) {
-        bool grad = needs_grad(c, x, y, all, count);
-        if (!c->failed && !grad)
-            result = sum_of(c, layer, x, y, all, count);
-        else if (!c->failed && count == 1)
-            result = recorded(c, x, y, &all[0]);
-    }
+    PyObject *result = NULL;
+    if (read_all(&c, layer, live, all, &count))
+        result = y != NULL ? add_all(&c, layer, x, y, all, count) : whole(&c, layer, x, all, count);
     forget(all, count);
-    return result;
+    if (c.failed || PyErr_Occurred()) {
+        Py_XDECREF(result);
+        return NULL;
+    }
+    return result != NULL ? result : Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(adapted_linear_doc,
+             "adapted_linear(layer, x, live, /)\n--\n\n"
+             "The output of the layer's frozen nn.Linear for x (..., in), and the sum over the adapters in the tuple `live` that\n"
+             "the layer has of scaling * B(E * A(x)) added to it where it lies: (..., out_features).\n\n"
+             "Returns None, with nothing done, where this is not the plain case: the layer has none of the adapters; what\n"
+             "add_lowrank leaves; a base layer of another class, with hooks, with a forward of its own, or that is trained.\n"
+             "Raises MemoryError.");
+
+static PyObject *adapted_linear(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs != 3 || !PyTuple_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "adapted_linear() takes a layer, x, and a tuple of names");
+        return NULL;
+    }
+    return answer(self, args[0], args[1], NULL, args[2]);
 }
 
 PyDoc_STRVAR(add_lowrank_doc,
@@ -291,51 +412,51 @@ static PyObject *add_lowrank(PyObject *self, PyObject *const *args, Py_ssize_t n
         PyErr_SetString(PyExc_TypeError, "add_lowrank() takes a layer, x, y, and a tuple of names");
         return NULL;
     }
-    call c = {.self = self, .state = peftc_get_state(PyTuple_GET_ITEM(self, MODULE))};
-    PyObject *result = add_all(&c, args[0], args[1], args[2], args[3]);
-    if (c.failed || PyErr_Occurred()) {
-        Py_XDECREF(result);
-        return NULL;
-    }
-    return result != NULL ? result : Py_NewRef(Py_None);
+    return answer(self, args[0], args[1], args[2], args[3]);
 }
 
 static PyMethodDef add_lowrank_def = {"add_lowrank", (PyCFunction)(void (*)(void))add_lowrank, METH_FASTCALL,
                                       add_lowrank_doc};
+static PyMethodDef adapted_linear_def = {"adapted_linear", (PyCFunction)(void (*)(void))adapted_linear, METH_FASTCALL,
+                                         adapted_linear_doc};
 
 PyDoc_STRVAR(lowrank_adder_doc,
-             "lowrank_adder(factor, identity, fresh, watchers, registries, levels, grad_enabled, empty_like, record, /)\n--\n\n"
-             "The function add_lowrank(layer, x, y, live, /) for layers whose A and B are of the class `factor`.\n\n"
-             "What it needs of torch is given to it: nn.Identity; a tuple of the classes of base layers whose output is\n"
-             "nobody else's; a tuple of functions that say whether somebody watches the operations, and one of containers\n"
-             "that have items then; forward_ad's dict; torch.is_grad_enabled and torch.empty_like; a function\n"
-             "(x, y, A, B, scaling) that computes the sum such that autograd knows of it.");
+             "lowrank_adder(factor, identity, dropout, fresh, watch, grad_enabled, empty_like, linear, noise, record, /)\n--\n\n"
+             "The functions add_lowrank(layer, x, y, live, /) and adapted_linear(layer, x, live, /) for layers whose A and B are\n"
+             "of the class `factor` (LoRA) or parameters (AdaLora).\n\n"
+             "What they need of torch is given to them: nn.Identity, nn.Dropout, nn.Linear; who may watch the operations, as a tuple of\n"
+             "functions that say so, one of containers that have items then, and forward_ad's dict; torch.is_grad_enabled,\n"
+             "torch.empty_like, torch.nn.functional.linear; a function (x, p) → what dropout multiplies x with, or None; a\n"
+             "function (x, y, W, bias, A, B, E, scaling, noise) that computes the sum such that autograd knows of it, of\n"
+             "x @ W.T + bias if y is None.");
 
 static PyObject *lowrank_adder(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != PIECES - 1 || !PyType_Check(args[FACTOR - 1]) || !PyType_Check(args[IDENTITY - 1]) ||
-        !PyTuple_Check(args[FRESH - 1]) || !PyTuple_Check(args[WATCHERS - 1]) || !PyTuple_Check(args[REGISTRIES - 1]) ||
-        !PyDict_Check(args[LEVELS - 1])) {
-        PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes two types, three tuples, a dict and three functions");
+        !PyType_Check(args[DROPOUT - 1]) || !PyType_Check(args[FRESH - 1]) || !peftc_watch_check(args[WATCH - 1])) {
+        PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes four types, a tuple that says who watches, and five functions");
         return NULL;
     }
-    PyObject *self = PyTuple_New(COUNT);
-    if (self == NULL)
-        return NULL;
-    PyTuple_SET_ITEM(self, MODULE, Py_NewRef(module));
-    for (int i = 1; i < PIECES; i++)
-        PyTuple_SET_ITEM(self, i, Py_NewRef(args[i - 1]));
-    for (int i = PIECES; i < COUNT; i++) {
-        PyObject *name = PyUnicode_InternFromString(names[i - PIECES]);
-        if (name == NULL) {
-            Py_DECREF(self);
-            return NULL;
-        }
-        PyTuple_SET_ITEM(self, i, name);
+    PyObject *self = PyTuple_New(COUNT), *add = NULL, *linear = NULL, *both = NULL;
+    bool good = self != NULL;
+    for (int i = MODULE; good && i < COUNT; i++) {
+        PyObject *piece = i == MODULE ? Py_NewRef(module)
+                          : i < PIECES ? Py_NewRef(args[i - 1])
+                                       : PyUnicode_InternFromString(names[i - PIECES]);
+        good = piece != NULL;
+        if (good)
+            PyTuple_SET_ITEM(self, i, piece);
     }
-    PyObject *made = PyCFunction_New(&add_lowrank_def, self);
-    Py_DECREF(self);
-    return made;
+    if (good)
+        add = PyCFunction_New(&add_lowrank_def, self);
+    if (add != NULL)
+        linear = PyCFunction_New(&adapted_linear_def, self);
+    if (linear != NULL)
+        both = PyTuple_Pack(2, add, linear);
+    Py_XDECREF(add);
+    Py_XDECREF(linear);
+    Py_XDECREF(self);
+    return both;
 }
 
 static PyMethodDef functions[] = {

@@ -3,7 +3,6 @@
 /* Multiply-adds below which a call takes less time than giving up the GIL is worth. */
 #define WORTH_RELEASING 65536.0
 
-
 bool operand_take(peftc_state *state, PyObject *obj, pc_dtype *dtype, operand *out)
 {
     peftc_tensor tensor;
@@ -101,8 +100,22 @@ bool operands_term(peftc_state *state, pc_dtype *dtype, const operand *x, const 
     return true;
 }
 
+bool operand_hidden(peftc_state *state, PyObject *obj, pc_dtype dtype, int64_t r, int64_t rows, operand *whole,
+                    float **out)
+{
+    pc_dtype wanted = PC_F32;
+    *out = NULL;
+    if (obj == Py_None)
+        return true;
+    if (dtype == PC_F64 || !operand_matrix(state, obj, &wanted, whole) || whole->rows.rows != r ||
+        whole->rows.cols != rows)
+        return false;
+    *out = (float *)(void *)whole->rows.data;
+    return true;
+}
+
 pc_status operands_run(peftc_state *state, pc_dtype dtype, const operand *x, const operand *y, const operand *out,
-                       const pc_lowrank_term *terms, int count, pc_error *err)
+                       const pc_lowrank_term *terms, int count, float *hidden, pc_error *err)
 {
     const int64_t m = x->rows.rows, k = x->rows.cols, n = out->rows.cols;
     double work = (double)m * (double)n;
@@ -111,7 +124,7 @@ pc_status operands_run(peftc_state *state, pc_dtype dtype, const operand *x, con
     pc_runtime *rt = work >= WORTH_RELEASING ? peftc_torch_runtime(state) : NULL;
     PyThreadState *saved = work >= WORTH_RELEASING ? PyEval_SaveThread() : NULL;
     pc_status status = pc_lowrank_forward(rt, dtype, m, n, k, x->rows.data, x->rows.stride, y->rows.data,
-                                          y->rows.stride, out->rows.data, out->rows.stride, terms, count, err);
+                                          y->rows.stride, out->rows.data, out->rows.stride, terms, count, hidden, err);
     if (saved != NULL)
         PyEval_RestoreThread(saved);
     return status;

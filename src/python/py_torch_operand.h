@@ -36,8 +36,12 @@ bool operands_fit(const operand *x, const operand *y, const operand *out);
 /* One term of the sum, but for its scale: A (r, in), B (out, r), E (r) or None, bias (out) or None, apart from `out`. */
 bool operands_term(peftc_state *state, pc_dtype *dtype, const operand *x, const operand *out, PyObject *a, PyObject *b,
                    PyObject *e, PyObject *bias, pc_lowrank_term *term);
-/* out = y + the sum of the terms; gives up the GIL where that is worth it. */
+/* What the forward pass leaves for the backward pass: (r, rows of x) in float32, next to each other; None, or a dtype
+ * whose kernels take none (float64): *out is NULL. */
+bool operand_hidden(peftc_state *state, PyObject *obj, pc_dtype dtype, int64_t r, int64_t rows, operand *whole,
+                    float **out);
+/* out = y + the sum of the terms, and what `hidden` (may be NULL) is of them; gives up the GIL where that is worth it. */
 pc_status operands_run(peftc_state *state, pc_dtype dtype, const operand *x, const operand *y, const operand *out,
-                       const pc_lowrank_term *terms, int count, pc_error *err);
+                       const pc_lowrank_term *terms, int count, float *hidden, pc_error *err);
 
 #endif

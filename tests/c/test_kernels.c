@@ -3,6 +3,7 @@
 #include "check.h"
 #include "kernels_reference.h"
 
+#include "../../src/kernels/mersenne.h"
 #include "../../src/kernels/table.h"
 
 #include <pthread.h>
@@ -541,7 +542,19 @@ TEST(lowrank_in_place)
             free(h);
         }
         pc_runtime *r = below(2) ? rt : NULL;
-        CHECK_STATUS(pc_lowrank_forward(r, dt, m, n, k, x, ldx, y, ldy, out, ldo, terms, count, &err), PC_OK);
+        int64_t ranks_together = 0;
+        for (int t = 0; t < count; t++)
+            ranks_together += terms[t].r;
+        float *hidden = dt != PC_F64 && below(2) ? buffer(PC_F32, ranks_together * m) : NULL;
+        CHECK_STATUS(pc_lowrank_forward(r, dt, m, n, k, x, ldx, y, ldy, out, ldo, terms, count, hidden, &err), PC_OK);
+        float *part = hidden;
+        for (int t = 0; t < count && hidden != NULL; part += terms[t++].r * m) {
+            double *h = hidden_of(dt, x, ldx, terms[t].a, m, terms[t].r, k, false);
+            for (int64_t i = 0; i < m * terms[t].r; i++)
+                CHECK(fabs((double)part[i % terms[t].r * m + i / terms[t].r] - h[i]) <= 1e-6 * (double)(k + 10));
+            free(h);
+        }
+        free(hidden);
         CHECK(agrees(dt, out, ldo, want, m, n, stored_tolerance(dt, (int64_t)reach + 1)));
         for (int t = 0; t < count; t++)
             free((void *)(uintptr_t)terms[t].a), free((void *)(uintptr_t)terms[t].b),
@@ -552,7 +565,7 @@ TEST(lowrank_in_place)
     }
     pc_lowrank_term wide = {.r = PC_LOWRANK_MOST, .scale = 1.0}, both[2] = {wide, wide};
     float one = 1.0f;
-    CHECK_STATUS(pc_lowrank_forward(rt, PC_F32, 1, 1, 1, &one, 1, &one, 1, &one, 1, both, 2, &err), PC_ERR_UNSUPPORTED);
+    CHECK_STATUS(pc_lowrank_forward(rt, PC_F32, 1, 1, 1, &one, 1, &one, 1, &one, 1, both, 2, NULL, &err), PC_ERR_UNSUPPORTED);
     CHECK(one == 1.0f);
 }
 
@@ -584,7 +597,24 @@ TEST(lowrank_gradients)
                 we[p] += term.scale * u[i * r + p] * h[i * r + p];
             }
         pc_runtime *threads = below(2) ? rt : NULL;
-        CHECK_STATUS(pc_lowrank_backward(threads, dt, m, n, k, g, ldg, x, ldx, &term, dx, lddx, da, db, de, &err), PC_OK);
+        float *hidden = NULL; /* as the forward pass leaves it */
+        if (dt != PC_F64 && below(2)) {
+            hidden = buffer(PC_F32, r * m);
+            for (int64_t i = 0; i < m * r; i++)
+                hidden[i % r * m + i / r] = (float)h[i];
+        }
+        int64_t ldbase = k;
+        void *base = dx == NULL || below(2) ? NULL : below(2) ? dx : spread(dt, m, k, below(3), &ldbase);
+        if (base != NULL && base == dx)
+            ldbase = lddx;
+        for (int64_t i = 0; i < m * k && base != NULL; i++)
+            wx[i] += pc_get_double(dt, base, i / k * ldbase + i % k);
+        CHECK_STATUS(pc_lowrank_backward(threads, dt, m, n, k, g, ldg, x, ldx, &term, hidden, base, ldbase, dx, lddx, da,
+                                         db, de, &err),
+                     PC_OK);
+        if (base != dx)
+            free(base);
+        free(hidden);
         double bound = stored_tolerance(dt, m + n + k + r);
         CHECK(dx == NULL || agrees(dt, dx, lddx, wx, m, k, bound));
         CHECK(da == NULL || agrees(dt, da, k, wa, r, k, bound));
@@ -628,6 +658,42 @@ TEST(lowrank_to_weight)
     }
 }
 
+/* The authors' generator, seeded as they do: its first, 624th, 625th and 10,000th numbers (the last one is the C++
+ * standard's check of mt19937). */
+TEST(mersenne_twister_gives_its_known_answers)
+{
+    pc_mersenne m = {.used = PC_MERSENNE_WORDS};
+    m.words[0] = 5489;
+    for (uint32_t i = 1; i < PC_MERSENNE_WORDS; i++)
+        m.words[i] = 1812433253u * (m.words[i - 1] ^ (m.words[i - 1] >> 30)) + i;
+    uint32_t last = 0, first = 0, number;
+    for (int i = 0; i < 10000; i++) {
+        if (m.used == PC_MERSENNE_WORDS) {
+            pc_kernels()->twist(m.words);
+            m.used = 0;
+        }
+        pc_kernels()->temper(m.words + m.used++, 1, &number);
+        first = i == 0 ? number : first;
+        last = number;
+    }
+    CHECK(first == 3499211612u);
+    CHECK(last == 4123659995u);
+    double out[3001];
+    pc_mersenne_keep(&m, PC_F64, 3001, 0.25, 2.0, out); /* an odd number of numbers, some of them across a twist */
+    double sum = 0.0;
+    for (int i = 0; i < 3001; i++) {
+        CHECK(out[i] == 0.0 || out[i] == 2.0);
+        sum += out[i];
+    }
+    CHECK(fabs(sum / 3001.0 - 0.5) < 0.05);
+    for (int i = 0; i < 4; i++) {
+        pc_mersenne_keep(&m, all_dtypes[i], 700, 1.0, 0.5, out);
+        CHECK(pc_get_double(all_dtypes[i], out, 0) == 0.5 && pc_get_double(all_dtypes[i], out, 699) == 0.5);
+        pc_mersenne_keep(&m, all_dtypes[i], 700, 0.0, 0.5, out);
+        CHECK(pc_get_double(all_dtypes[i], out, 0) == 0.0 && pc_get_double(all_dtypes[i], out, 699) == 0.0);
+    }
+}
+
 TEST(concurrent_calls)
 {
     pthread_t threads[4];
@@ -658,6 +724,7 @@ int main(void)
     CHECK(strstr(pc_kernels_blas(), "OpenBLAS") != NULL);
     RUN(gemm);
     RUN(factorisations);
+    RUN(mersenne_twister_gives_its_known_answers);
     RUN(concurrent_calls);
     RUN(dropout);
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {

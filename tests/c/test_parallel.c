@@ -334,6 +334,74 @@ TEST(work_is_shared_and_children_get_workers_too)
     pc_runtime_free(rt);
 }
 
+/* What OpenMP's library does, with threads that are made anew; it may give fewer than it is asked for. */
+static _Thread_local int own_number;
+static unsigned most_given;
+static atomic_int teams;
+
+typedef struct member {
+    pthread_t thread;
+    void (*body)(void *);
+    void *ctx;
+    int number;
+} member;
+
+static void *be_member(void *arg)
+{
+    member *m = arg;
+    own_number = m->number;
+    m->body(m->ctx);
+    return NULL;
+}
+
+static int number_in_team(void) { return own_number; }
+
+static void run_team(void (*body)(void *), void *ctx, unsigned threads, unsigned flags)
+{
+    member all[8];
+    unsigned given = threads < most_given ? threads : most_given;
+    CHECK_INT(flags, 0);
+    atomic_fetch_add(&teams, 1);
+    for (unsigned i = 1; i < given; i++) {
+        all[i] = (member){.body = body, .ctx = ctx, .number = (int)i};
+        REQUIRE(pthread_create(&all[i].thread, NULL, be_member, &all[i]) == 0);
+    }
+    body(ctx);
+    for (unsigned i = 1; i < given; i++)
+        pthread_join(all[i].thread, NULL);
+}
+
+static void remember_number(void *ctx, int64_t begin, int64_t end)
+{
+    for (int64_t i = begin; i < end; i++)
+        ((int *)ctx)[i] = own_number;
+}
+
+TEST(threads_are_borrowed)
+{
+    pc_runtime *rt = NULL;
+    REQUIRE_STATUS(pc_runtime_borrow(&rt, run_team, number_in_team, NULL), PC_OK);
+    REQUIRE_STATUS(pc_runtime_set_threads(rt, 4, NULL), PC_OK);
+    for (most_given = 1; most_given <= 4; most_given++) {
+        for (int64_t n = 0; n < 40; n++)
+            CHECK(loop_is_right(rt, n, 1 + n % 7, NULL, 1));
+        int before = teams;
+        CHECK(loop_is_right(rt, 5000, 10, NULL, 1) && teams == before + 1);
+        CHECK(loop_is_right(rt, 10, 10, NULL, 1) && teams == before + 1); /* one piece: a plain call */
+    }
+    CHECK(loop_is_right(rt, 100, 1, rt, 2));
+    CHECK(most_given == 5);
+    int numbers[8];
+    REQUIRE_STATUS(pc_runtime_set_threads(rt, 2, NULL), PC_OK);
+    pc_parallel_for(rt, 8, 1, remember_number, numbers);
+    for (int i = 0; i < 8; i++) /* shares in the order of the threads, unless one came late */
+        CHECK(numbers[i] == numbers[i / 4 * 4] && numbers[i] >= 0 && numbers[i] < 2);
+    int before = teams;
+    CHECK_INT(child_status(rt, 5), 0);
+    CHECK_INT(teams, before);
+    pc_runtime_free(rt);
+}
+
 TEST(no_memory_for_workers_means_one_thread)
 {
     long live = pc_test_live_allocations();
@@ -395,6 +463,7 @@ int main(void)
     RUN(any_number_of_callers_share_a_runtime);
     RUN(loops_run_in_a_forked_child);
     RUN(work_is_shared_and_children_get_workers_too);
+    RUN(threads_are_borrowed);
     RUN(no_memory_for_workers_means_one_thread);
     RUN(workers_leave_signals_alone);
     return check_done();

@@ -16,7 +16,7 @@ from torch import nn
 
 import peftc
 from peftc import _core
-from peftc.hosts import torch_lora, torch_lowrank
+from peftc.hosts import torch_adalora, torch_lora, torch_lowrank
 
 
 class Model(peftc.PeftAdapterMixin, nn.Module):
@@ -30,15 +30,20 @@ class Model(peftc.PeftAdapterMixin, nn.Module):
 
 @pytest.fixture
 def done(monkeypatch) -> list[bool]:
-    """Whether each call of the fast way did the work."""
+    """Whether each call of a fast way did the work: of the one with the base layer in it, and then of the one without."""
     seen: list[bool] = []
 
-    def watched(*args: Any) -> Any:
-        result = torch_lowrank.add_plain(*args)
-        seen.append(result is not None)
-        return result
+    def watched(fast: Any) -> Any:
+        def call(*args: Any) -> Any:
+            result = fast(*args)
+            seen.append(result is not None)
+            return result
 
-    monkeypatch.setattr(torch_lora, "add_plain", watched)
+        return call
+
+    for name in ("add_plain", "adapted_linear"):
+        for module in (torch_lora, torch_adalora):
+            monkeypatch.setattr(module, name, watched(getattr(torch_lowrank, name)))
     return seen
 
 
@@ -118,7 +123,11 @@ def test_the_base_output_is_overwritten_only_where_nobody_else_has_it(done):
         model.fc.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
         want = torch.nn.functional.linear(x, model.fc.base_layer.weight, model.fc.base_layer.bias)
         result = model(x)
-        assert done == [True] and torch.equal(seen[0], want) and torch.allclose(result, expected(model, x), atol=1e-6)
+        assert (
+            done == [False, True]
+            and torch.equal(seen[0], want)
+            and torch.allclose(result, expected(model, x), atol=1e-6)
+        )
 
 
 def hook_on_a(model: Model) -> Any:
@@ -191,7 +200,7 @@ def test_whoever_watches_sees_the_operations(done, watch):
             result = model(x)
         finally:
             assert check()
-        assert done == [True, False] and torch.allclose(result.float(), want, atol=5e-2)
+        assert done == [True, False, False] and torch.allclose(result.float(), want, atol=5e-2)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +226,143 @@ def test_everything_else_is_left_to_torch(done, what):
     before = y.clone()
     with torch.set_grad_enabled(what == "two with grad"):
         assert torch_lowrank.add_plain(layer, x, y, ("a0", "a1")) is None
+        assert torch_lowrank.adapted_linear(layer, x, ("a0", "a1")) is None
     assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize(
+    "what", ["hook", "own forward", "subclass", "trained", "trained bias", "nothing here", "shape"]
+)
+def test_base_layers_that_are_called(what):
+    model = adapted()
+    layer, base, live = model.fc, model.fc.base_layer, ("a0",)
+    x = torch.randn(2, 6)
+    assert torch_lowrank.adapted_linear(layer, x, live) is not None
+    if what == "hook":
+        base.register_forward_pre_hook(lambda module, args: None)
+    elif what == "own forward":
+        base.forward = lambda x: x
+    elif what == "subclass":
+        layer.base_layer = type("Own", (nn.Linear,), {})(6, 5)
+    elif what == "trained":
+        base.weight.requires_grad_()
+    elif what == "trained bias":
+        base.bias.requires_grad_()
+    elif what == "nothing here":
+        live = ("other",)
+    elif what == "shape":
+        x = torch.randn(2, 7)
+    assert torch_lowrank.adapted_linear(layer, x, live) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (0, 6), (40, 6)], ids=str)
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_the_base_layer_and_the_adapter_are_one_node(done, method, dtype, shape):
+    torch.manual_seed(0)
+    model = Model().requires_grad_(False).to(dtype)
+    if method == "lora":
+        model.add_adapter(peft.LoraConfig(target_modules=["fc"], r=3, init_lora_weights=False))
+        leaves = [model.fc.lora_A["default"].weight, model.fc.lora_B["default"].weight]
+    else:
+        model.add_adapter(peft.AdaLoraConfig(target_modules=["fc"], init_r=3, total_step=9))
+        model.fc.lora_E["default"].data.normal_()
+        leaves = [model.fc.lora_A["default"], model.fc.lora_B["default"], model.fc.lora_E["default"]]
+    if dtype is torch.bfloat16:
+        for leaf in leaves:
+            leaf.data = leaf.data.to(dtype)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y = model(x)
+    grad = torch.randn(y.shape).to(dtype)
+    got = torch.autograd.grad(y, [x, *leaves], grad)
+    assert done == [True]
+    with torch.enable_grad():
+        wide = [t.detach().double().requires_grad_() for t in (x, *leaves)]
+        low = wide[0] @ wide[1].T
+        if method == "adalora":
+            low = low * wide[3].reshape(-1)
+        scaling = model.fc.scaling["default"]
+        if method == "adalora":
+            scaling = scaling / (model.fc.ranknum["default"].item() + 1e-5)
+        base = model.fc.base_layer
+        want_y = nn.functional.linear(wide[0], base.weight.double(), base.bias.double()) + low @ wide[2].T * scaling
+    want = torch.autograd.grad(want_y, wide, grad.double())
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    for one, other in zip((y, *got), (want_y, *want), strict=True):
+        assert one.dtype is dtype and one.shape == other.shape
+        scale = max([1.0, *other.abs().flatten().tolist()])
+        assert torch.allclose(one.double() / scale, other / scale, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (5, 60, 6)], ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_dropout_drops_what_torch_would(done, dtype, shape, frozen):
+    model = adapted({"lora_dropout": 0.3}, dtype=dtype).train()
+    model.fc.base_layer.requires_grad_(not frozen)
+    a, b = model.fc.lora_A["a0"].weight, model.fc.lora_B["a0"].weight
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    torch.manual_seed(5)
+    y = model(x)
+    after = torch.get_rng_state()
+    grad = torch.randn(y.shape).to(dtype)
+    got = (y, *torch.autograd.grad(y, [x, a, b], grad))
+    assert done == ([True] if frozen else [False, True])
+    torch.manual_seed(5)
+    low = nn.functional.dropout(x, 0.3) @ a.T @ b.T
+    assert torch.equal(after, torch.get_rng_state())
+    want_y = model.fc.base_layer(x) + low * model.fc.scaling["a0"]
+    want = (want_y, *torch.autograd.grad(want_y, [x, a, b], grad))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype is dtype
+        scale = max(1.0, other.abs().max().item())
+        assert torch.allclose(one / scale, other / scale, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_everything(p):
+    model = adapted({"lora_dropout": 0.5}).train()
+    model.fc.lora_dropout["a0"].p = p
+    x = torch.randn(4, 6)
+    base = model.fc.base_layer(x)
+    want = base if p else expected(model, x)
+    assert torch.allclose(model(x), want, atol=1e-6)
+
+
+def test_a_generator_of_another_kind_is_left_to_torch(monkeypatch):
+    """Should a later torch draw differently, its own operations draw."""
+    monkeypatch.setattr(torch_lowrank, "_draws_as_torch", lambda: False)
+    model = adapted({"lora_dropout": 0.3}).train()
+    x = torch.randn(100, 6)
+    torch.manual_seed(5)
+    y = model(x)
+    monkeypatch.undo()
+    torch.manual_seed(5)
+    assert torch_lowrank._draws_as_torch()
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_derivatives_of_derivatives(done, dropout):
+    model = adapted({"lora_dropout": dropout}, dtype=torch.float64).train()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, model.fc.lora_A["a0"].weight, model.fc.lora_B["a0"].weight]
+    model.fc.base_layer.requires_grad_(False)
+    drop = model.fc.lora_dropout["a0"]
+
+    def in_torch(x: Any) -> Any:
+        base, a, b = model.fc.base_layer, *leaves[1:]
+        return base(x) + drop(x) @ a.T @ b.T * model.fc.scaling["a0"]
+
+    def penalty(forward: Any) -> Any:
+        torch.manual_seed(7)
+        first = torch.autograd.grad(forward(x).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
+
+    for one, other in zip(penalty(model), penalty(in_torch), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10)
+    assert done == [True]
 
 
 def test_wrong_arguments():
@@ -227,21 +372,37 @@ def test_wrong_arguments():
         torch_lowrank.add_plain(1, 2, 3, ["a0"])
     assert torch_lowrank.add_plain(1, 2, 3, ("a0",)) is None
     assert torch_lowrank.add_plain(nn.Module(), 2, 3, ("a0",)) is None
-    for arguments in ((), (1, 2, (), (), (), {}, print, print, print), (int, int, [], (), (), {}, *[print] * 3)):
-        with pytest.raises(TypeError, match="two types, three tuples"):
+    for arguments in ((1, 2), (1, 2, ["a0"]), (1, 2, 3, ("a0",))):
+        with pytest.raises(TypeError, match="a layer, x, and a tuple of names"):
+            torch_lowrank.adapted_linear(*arguments)
+    assert torch_lowrank.adapted_linear(1, 2, ("a0",)) is None
+    watch: Any = ((), (), {})
+    for arguments in ((), (1, 2, 3, 4, watch, *[print] * 5), (int, int, int, int, ((), []), *[print] * 5)):
+        with pytest.raises(TypeError, match="four types, a tuple that says who watches"):
             _core.lowrank_adder(*arguments)
+    for arguments in ((), (1, *[print] * 8), (((), (), []), *[print] * 8)):
+        with pytest.raises(TypeError, match="a tuple that says who watches"):
+            _core.lowrank_node(*arguments)
+    forward, backward = _core.lowrank_node(watch, *[print] * 8)
+    with pytest.raises(TypeError, match="9 inputs, got 0"):
+        forward()
+    with pytest.raises(TypeError, match="ctx and a gradient"):
+        backward(1)
 
 
 def test_what_a_watcher_raises_is_raised():
     def watcher() -> bool:
         raise OSError("no")
 
-    pieces: Any = (torch_lowrank.Linear, nn.Identity, (), (watcher,), (), torch.autograd.forward_ad.__dict__)
-    add = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like, print)
+    watch: Any = ((watcher,), (), torch.autograd.forward_ad.__dict__)
+    pieces: Any = (torch_lowrank.Linear, nn.Identity, nn.Dropout, nn.Linear, watch)
+    add, linear = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like, print, print, print)
     model = adapted()
     x = torch.randn(2, 6)
     with torch.no_grad(), pytest.raises(OSError, match="no"):
         add(model.fc, x, model.fc.base_layer(x), ("a0",))
+    with pytest.raises(OSError, match="no"):
+        linear(model.fc, x, ("a0",))
 
 
 def test_no_reference_is_lost_or_kept():

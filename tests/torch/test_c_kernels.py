@@ -120,7 +120,18 @@ def test_backward(dtype, seed, threads):
     outs = [torch.full(t.shape, torch.nan).to(dtype) for t in (x, a, b)]
     outs.append(None if e is None else torch.full(e.shape, torch.nan).to(dtype))
     wanted = [t if t is None or rng.random() < 0.7 else None for t in outs]
-    assert _core.lowrank_backward(grad, x, a, b, e, scaling, *wanted) is True
+    hidden = base = None
+    if rng.random() < 0.5 and dtype is not torch.float64:
+        hidden = torch.full((a.shape[0], x.numel() // k), torch.nan)
+        out = torch.empty_like(grad)
+        assert _core.lowrank_forward(x, grad, out, ((a, b, scaling, e, None),), hidden) is True
+        assert torch.allclose(hidden.double(), (x.double() @ a.double().T).reshape(-1, len(a)).T, atol=1e-4)
+    if rng.random() < 0.5 and wanted[0] is not None:
+        base = spread((*lead, k), dtype, rng)
+        wide[0].grad += base.double()
+        if rng.random() < 0.5:
+            base = wanted[0].copy_(base)
+    assert _core.lowrank_backward(grad, x, a, b, e, scaling, hidden, base, *wanted) is True
     for got, leaf in zip(wanted, wide, strict=True):
         if got is not None:
             # the sums over rows grow with their number: compare relative to the largest
@@ -137,7 +148,7 @@ def test_backward_is_the_same_for_any_number_of_threads():
     for n in (1, 2, 4):
         _core.set_num_threads(n)
         outs = [torch.empty_like(x), torch.empty_like(a), torch.empty_like(b), torch.empty(16)]
-        assert _core.lowrank_backward(grad, x, a, b, torch.ones(16), 0.5, *outs)
+        assert _core.lowrank_backward(grad, x, a, b, torch.ones(16), 0.5, None, None, *outs)
         results.append(outs)
     _core.set_num_threads(before)
     for other in results[1:]:
@@ -190,7 +201,7 @@ def test_no_rows():
     a, b = torch.randn(4, 8), torch.randn(6, 4)
     assert _core.lowrank_forward(x, y, y, ((a, b, 1.0, None, None),)) is True
     da, db = torch.ones_like(a), torch.ones_like(b)
-    assert _core.lowrank_backward(y, x, a, b, None, 1.0, None, da, db, None) is True
+    assert _core.lowrank_backward(y, x, a, b, None, 1.0, torch.empty(4, 0), None, None, da, db, None) is True
     assert not da.any() and not db.any()
 
 
@@ -278,21 +289,22 @@ def test_forward_leaves_other_tensors_to_torch(kind, where):
         assert torch.equal(case[name], value), name
 
 
-@pytest.mark.parametrize("where", range(10))
+@pytest.mark.parametrize("where", range(12))
 @pytest.mark.parametrize(
     "kind", ["list", "other dtype", "columns", "too long", "too short", "meta", "subclass", "freed"]
 )
 def test_backward_leaves_other_tensors_to_torch(kind, where):
     grad, x, a, b = torch.randn(6, 5), torch.randn(6, 8), torch.randn(3, 8), torch.randn(5, 3)
-    args: list = [grad, x, a, b, torch.randn(3, 1), 0.5, *(torch.zeros_like(t) for t in (x, a, b)), torch.zeros(3, 1)]
+    args: list = [grad, x, a, b, torch.randn(3, 1), 0.5, torch.randn(3, 6), torch.randn(6, 8)]
+    args += [*(torch.zeros_like(t) for t in (x, a, b)), torch.zeros(3, 1)]
     if where == 5:
         args[5] = torch.tensor(0.5)
-    elif kind == "columns" and where in (4, 9):
+    elif kind == "columns" and where in (4, 11):
         pytest.skip("a column of one stays one")
     else:
         args[where] = REFUSED[kind](args[where])
     assert _core.lowrank_backward(*args) is False
-    for i in range(6, 10):
+    for i in range(8, 12):
         if i != where:
             assert not args[i].any()
 
@@ -319,9 +331,19 @@ def test_overlapping_memory_is_refused():
     assert _core.lowrank_forward(x, x, x, terms) is False
     assert _core.lowrank_forward(x, y, torch.randn(1, 5).expand(6, 5), terms) is False
     assert _core.lowrank_forward(a, y[:3], a, ((a, b, 1.0, None, None),)) is False
-    assert _core.lowrank_backward(y, x, a, b, None, 1.0, x, None, None, None) is False
+    assert _core.lowrank_backward(y, x, a, b, None, 1.0, None, None, x, None, None, None) is False
     same = torch.randn(3, 5)
-    assert _core.lowrank_backward(y, x, a, b, None, 1.0, None, same, same.view(5, 3), None) is False
+    assert _core.lowrank_backward(y, x, a, b, None, 1.0, None, None, None, same, same.view(5, 3), None) is False
+    wide = torch.randn(6, 10)  # what else dx consists of: dx itself, or apart from it
+    args = (y, x, a, b, None, 1.0, None, wide[:, :5])
+    assert _core.lowrank_backward(*args, wide[:, 1:6], None, None, None) is False
+    assert _core.lowrank_backward(*args, wide[:, :5], None, None, None) is True
+    hidden = torch.empty(3, 6)
+    assert _core.lowrank_forward(x, y, torch.empty(6, 5), terms, hidden) is True
+    assert _core.lowrank_forward(x, y, torch.empty(6, 5), (*terms, *terms), hidden) is False
+    assert _core.lowrank_forward(x, y, torch.empty(6, 5), terms, hidden[:2]) is False
+    assert _core.lowrank_forward(x, y, torch.empty(6, 5), terms, hidden.double()) is False
+    assert _core.lowrank_forward(x, y, hidden.view(-1)[:15].view(3, 5).expand(3, 5), terms, hidden) is False
     row = torch.randn(1, 5).expand(6, 5)  # reading one row six times is fine
     out = torch.empty(6, 5)
     assert _core.lowrank_forward(row, y, out, terms) is True
@@ -340,7 +362,7 @@ def test_terms_of_another_form_are_refused():
     assert torch.equal(case["out"], case["y"])
     with pytest.raises(TypeError, match=r"lowrank_forward\(\) takes 4"):
         _core.lowrank_forward(case["x"])
-    with pytest.raises(TypeError, match=r"lowrank_backward\(\) takes 10"):
+    with pytest.raises(TypeError, match=r"lowrank_backward\(\) takes 12"):
         _core.lowrank_backward(case["x"])
     huge = 5000
     many = ((torch.zeros(huge, 8), torch.zeros(5, huge), 1.0, None, None),)
@@ -427,3 +449,40 @@ def test_from_several_threads_at_once():
     for worker in workers:
         worker.join()
     assert len(good) == 200 and all(good)
+
+
+# ------------------------------------------------------------------------------ dropout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_dropout_noise_is_what_torch_draws(dtype, p):
+    generator = torch.Generator()
+    value = torch.ones((), dtype=dtype).div_(1 - p).item()
+    for seed, count in enumerate([1, 2, 311, 312, 313, 624, 625, 5000]):
+        generator.manual_seed(seed)
+        torch.rand(seed * 37, generator=generator)  # not from the first word on
+        state = generator.get_state()
+        want = torch.empty(count, dtype=dtype).bernoulli_(1 - p, generator=generator).div_(1 - p)
+        out = torch.full((count,), torch.nan).to(dtype)
+        assert _core.dropout_noise(state.numpy(), 1 - p, value, out) is True
+        assert torch.equal(out, want) and torch.equal(state, generator.get_state())
+
+
+def test_dropout_noise_leaves_other_states_to_torch():
+    state = torch.Generator().manual_seed(3).get_state().numpy()
+    out = torch.zeros(10)
+    none: list = [state.tolist(), state[:-1], state[::2], state.astype("int8"), None]
+    for damage in ({8: 0}, {11: 255}, {8: 5}, {16: 255, 17: 255}):  # left and next that do not go together
+        other = state.copy()
+        for at, byte in damage.items():
+            other[at] = byte
+        none.append(other)
+    for one in none:
+        assert _core.dropout_noise(one, 0.5, 1.0, out) is False
+    for keep, value, to in ((2.0, 1.0, out), (0.5, "1", out), (0.5, 1.0, torch.zeros(4, 4).T[1:]), (0.5, 1.0, [1.0])):
+        assert _core.dropout_noise(state, keep, value, to) is False
+    assert not out.any()
+    assert _core.dropout_noise(state, 0.5, 1.0, torch.empty(0)) is True
+    with pytest.raises(TypeError, match="takes 4"):
+        _core.dropout_noise(state)
