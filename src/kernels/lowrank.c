@@ -95,8 +95,10 @@ static void run_columns(pc_runtime *rt, pc_outer_job *job)
 
 /* The gradients of one term, every row taken in hand once: for small weights, of which each chunk of rows can have sums
  * of its own. Chunks depend on the number of rows alone, so that the sums do not depend on that of threads. */
-#define CHUNK_ROWS 128
+#define CHUNK_ROWS 64
+#define FEW_CHUNKS 8
 #define MOST_CHUNKS 16
+#define MANY_ROWS 4096
 #define CHUNK_FLOATS 65536
 /* Rows that stay in the second-level cache from one product to the next. */
 #define TOGETHER 64
@@ -153,7 +155,8 @@ static bool run_chunks(pc_runtime *rt, pc_lowrank_job *back, pc_lowrank_job *low
     if (rows == 0 || ranks == 0 || (w.ld_a + w.ld_b) > CHUNK_FLOATS / ranks)
         return false;
     w.stride = ranks * (w.ld_a + w.ld_b);
-    w.each = pc_max(CHUNK_ROWS, pieces_of(pieces_of(rows, MOST_CHUNKS), UNIT) * UNIT);
+    int64_t chunks = rows < MANY_ROWS ? FEW_CHUNKS : MOST_CHUNKS; /* joining their sums takes time, too */
+    w.each = pc_max(CHUNK_ROWS, pieces_of(pieces_of(rows, chunks), UNIT) * UNIT);
     int64_t count = pieces_of(rows, w.each);
     w.parts = pc_malloc((size_t)(count * w.stride) * sizeof *w.parts);
     if (w.parts == NULL)
