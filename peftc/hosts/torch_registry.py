@@ -410,8 +410,8 @@ class TorchRegistry:
     def enabled(self, value: bool) -> None:
         if not value:
             self.unmerge()
-            for name in list(self._flagged):
-                self._flag(name, False)
+        for name in self._flagged - set(self.switch.active if value else ()):
+            self._flag(name, False)
         self._update(enabled=bool(value))
         self._settle_biases()
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _freeze_adapter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from their_mixin import V5, freeze_counts
 from torch import nn
 from transformers import PreTrainedModel
@@ -218,6 +218,7 @@ class Reference:
         if info is None:
             self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
         else:
+            self._load_magnitudes(name, folder, options.get("adapter_state_dict"), info)
             self._log_report(name, folder, info)
         config = self.model.peft_config[name]
         family, heads = FAMILY[method_of(config)], self.heads(name)
@@ -239,16 +240,29 @@ class Reference:
         if state is not None and method_of(self.model.peft_config[name]) in ("IA3", "LOHA"):
             given = {key.removeprefix(PREFIX) for key in state}
             missing = [path for path in self.own(name) if path.removesuffix(f".{name}") not in given]
-            if missing:
+            if missing and "missing keys" not in text:
                 text += "Loading adapter weights from state_dict led to missing keys in the model: " + ", ".join(
                     missing
                 )
         if text:
             logging.getLogger("transformers.integrations.peft").warning(text)
 
+    def _load_magnitudes(self, name, folder, state, info) -> None:
+        """Difference: Transformers 5 does not find the magnitudes of DoRA on embeddings."""
+        lost = [key for key in info.unexpected_keys if f"{key}.weight" in info.missing_keys]
+        if lost:
+            state = load_file(f"{folder}/adapter_model.safetensors") if state is None else state
+            state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+            parameters = dict(self.model.named_parameters())
+        for key in lost:
+            parameters[f"{key}.weight"].data.copy_(state[key.removesuffix(f".{name}")])
+            info.missing_keys = set(info.missing_keys) - {f"{key}.weight"}
+            info.unexpected_keys = set(info.unexpected_keys) - {key}
+
     def _log_report(self, name, folder, info) -> None:
         """Difference: of Transformers 5's report, without the tensors of other adapters."""
-        info.missing_keys = {key for key in info.missing_keys if name in key.split(".")}
+        mine = [key for key in info.missing_keys if name in key.split(".")]
+        info.missing_keys = {key for key in mine if "ranknum" not in key}  # and without counts, which no file has
         log_state_dict_report(self.model, folder, True, info, logging.getLogger("transformers.integrations.peft"))
 
     def set(self, names) -> None:
@@ -492,7 +506,8 @@ class Reference:
             layer._disable_adapters = not self.enabled  # difference: what is added while disabled stays so
         self._follow_magnitudes()
         freeze_counts(self.model)  # difference, to PEFT 0.21
-        training = {name: name in self.active and self.trains(name) for name in self.names()}
+        # Under Transformers 5 a load to be trained leaves the adapter before trainable.
+        training = {name: (V5 or name in self.active) and self.trains(name) for name in self.names()}
         for wrapper in self.of_type(ModulesToSaveWrapper):
             # Difference: a head is active, disabled, trained and frozen with its adapter.
             active = [name for name in self.active if name in wrapper.modules_to_save]

@@ -23,7 +23,9 @@ from lockstep_reference import PREFIX, Reference
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
+from their_mixin import V5
 from torch import nn
+from transformers import PreTrainedModel
 
 import peftc
 
@@ -322,6 +324,8 @@ class Ours:
         self.model.add_adapter(config, name)
 
     def load(self, folder, name, **options):
+        if V5 and isinstance(self.model, PreTrainedModel) and options.get("peft_config") is not None:
+            options["is_trainable"] = not options["peft_config"].inference_mode  # which decides there
         self.model.load_adapter(folder, name, **options)
 
     def set(self, names):
@@ -388,7 +392,7 @@ class Listening(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record):
-        self.texts.append(record.getMessage())
+        self.texts.append(re.sub(r"\w+ LOAD REPORT", "LOAD REPORT", record.getMessage()))  # the class of the model
 
     def __enter__(self):
         logging.getLogger("transformers.integrations.peft").addHandler(self)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft_cases import CASES, Case
+from their_mixin import freeze_counts
 from torch import nn
 
 import peftc
@@ -33,6 +34,7 @@ def twins(case, dtype):
     more = {"lora_dropout": 0.0} if "lora_dropout" in case.options else {}
     theirs = peft.get_peft_model(copy.deepcopy(base), case.config(**more))
     ours = peftc.get_peft_model(copy.deepcopy(base), case.config(**more))
+    freeze_counts(theirs)
     own = peftc.get_peft_model_state_dict(ours)
     state = {key: value for key, value in peft.get_peft_model_state_dict(theirs).items() if key in own}
     peftc.set_peft_model_state_dict(ours, state)
