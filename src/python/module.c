@@ -9,8 +9,8 @@
 
 PyDoc_STRVAR(set_num_threads_doc,
              "set_num_threads(n, /)\n--\n\n"
-             "Use n threads (the calling one included) for every kernel of peftc from now on. On torch tensors they use one\n"
-             "thread as long as torch.get_num_threads() is 1.\n\n"
+             "Use n threads (the calling one included) for every kernel of peftc from now on. On torch tensors these are\n"
+             "torch's own, where its OpenMP can be found, and no more than torch.get_num_threads().\n\n"
              "Raises ValueError unless 1 <= n <= 256.");
 
 static PyObject *set_num_threads(PyObject *module, PyObject *arg)
