@@ -130,10 +130,15 @@ class AdapterRegistry:
         self, name: str, /
     ) -> tuple[
         np.ndarray,
-        list[tuple[str, str, str, str, tuple[int, ...], int, bool, bool]],
-        list[tuple[str, bool, int, float, float, bool]],
+        list[str],
+        list[str],
+        list[str],
+        list[bool],
+        list[tuple[str, str, tuple[int, ...], list[int], list[int]]],
+        list[tuple[str, bool, int, float, float, bool, int]],
     ]:
-        """(arena as uint8, tensors, slots): what a host makes its own tensors from."""
+        """What a host makes its own tensors from: (arena as uint8; of each tensor key, module, parameter, in the state dict?;
+        groups of tensors that are alike, slots)."""
     def state_dict(self, name: str, /) -> dict[str, np.ndarray]:
         """state-dict key → view of the arena."""
     def saved_modules(self, name: str, /) -> list[str]:

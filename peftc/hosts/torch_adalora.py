@@ -35,13 +35,12 @@ class AdaLoraLayer(LoraLayer):
     )
 
     @classmethod
-    def plan_put(
-        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
-    ) -> Callable[[], None]:
-        _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
+    def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
+        _, _, ranks, alphas, scalings, *_ = map(list, zip(*slots, strict=True))
+        own = tensors.by_slot()
         made: list[Any] = []
         for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
-            made += puts_of(field, name, parameters([own[field] for own in tensors]))
+            made += puts_of(field, name, parameters([one[field] for one in own]))
         return functools.partial(
             _core.put_items,
             layers,

@@ -1,6 +1,7 @@
 """One adapter on a torch model: the layers that it is in, and its tensors, put into them and taken out by the hundred."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, compress, pairwise
 from typing import Any
 
 import torch
@@ -36,33 +37,35 @@ class Adapter:
         #: what PEFT holds of it, if PEFT made its layers
         self.part: torch_peft.Part | None = None
 
-    def plan_put(self, tensors: dict[str, Any], slots: Sequence[Any], config: Any) -> list[Callable[[], None]]:
-        """What is to be called to put tensors (module's name → parameter → tensor) into the layers, which `slots` describe one
-        by one. Their values are not looked at."""
+    def plan_put(self, own: "Tensors", slots: Sequence[Any], config: Any) -> list[Callable[[], None]]:
+        """What is to be called to put tensors into the layers, which `slots` describe one by one. Their values are not looked
+        at."""
+        classes = [type(layer) for _, layer in self.layers]
+        if len(set(classes)) == 1:
+            return [classes[0].plan_put([layer for _, layer in self.layers], self.name, own, list(slots), config)]
         plan = []
-        by_class: dict[type[AdaptedLayer], list[Any]] = {}
-        for (path, layer), slot in zip(self.layers, slots, strict=True):
-            by_class.setdefault(type(layer), []).append((layer, tensors[path], slot))
-        for cls, rows in by_class.items():
-            layers, own, theirs = map(list, zip(*rows, strict=True))
-            plan.append(cls.plan_put(layers, self.name, own, theirs, config))
+        for cls in dict.fromkeys(classes):
+            where = [i for i, other in enumerate(classes) if other is cls]
+            layers, theirs = [self.layers[i][1] for i in where], [slots[i] for i in where]
+            plan.append(cls.plan_put(layers, self.name, own.of_slots(where), theirs, config))
         return plan
 
-    def enlist(self, rows: Sequence[Any]) -> None:
-        """Note where the tensors are that the core's layout has `rows` of, those inside a layer's base layer too."""
+    def enlist(self, keys: list[str], modules: list[str], parameters: list[str], saved: list[bool]) -> None:
+        """Note where the tensors are that the core's layout lists, those inside a layer's base layer too."""
         layer_of = dict(self.layers)
-        rows = [row for row in rows if row[6]]
+        if not all(saved):
+            keys, modules, parameters = (list(compress(column, saved)) for column in (keys, modules, parameters))
         if all(cls.part is AdaptedLayer.part for cls in _classes(list(layer_of.values()))):
-            self._keys = [row[0] for row in rows], [layer_of[row[1]] for row in rows], [row[2] for row in rows]
+            self._keys = keys, [layer_of[module] for module in modules], parameters
             return
         inside: dict[str, AdaptedLayer] = {}
-        keys = []
-        for key, path, parameter, *_ in rows:
+        rows = []
+        for key, path, parameter in zip(keys, modules, parameters, strict=True):
             layer, below, own = layer_of[path].part(parameter)
-            keys.append((key, layer, own))
+            rows.append((key, layer, own))
             if below:
                 inside[path + below] = layer
-        self.set_rows(keys)
+        self.set_rows(rows)
         self.layers += inside.items()
 
     def rows(self) -> Iterator[tuple[str, AdaptedLayer, str]]:
@@ -110,40 +113,69 @@ def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:
     return layer.own_part(name, field, whole)
 
 
-def tensors_by_module(arena: Any, rows: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """module's name → parameter → tensor over the arena, which may still be without its values.
+class Tensors:
+    """An adapter's tensors, slot after slot.
 
     No tensor is a view of another as autograd sees it: each has a version of its own, so that writing to one parameter says
     nothing of the others.
     """
-    memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
-    alike: dict[Any, list[Any]] = {}
-    for row in rows:
-        alike.setdefault((row[2], row[3], row[4]), []).append(row)
-    result: dict[str, dict[str, torch.Tensor]] = {row[1]: {} for row in rows}
-    flat: dict[str, torch.Tensor] = {}
-    for (parameter, dtype, shape), group in alike.items():
-        whole = flat.get(dtype)
-        if whole is None:
-            kind = FROM_NAME[dtype]
-            whole = flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
-        for row, tensor in zip(group, _pieces(whole, shape, [row[5] for row in group]), strict=True):
-            result[row[1]][parameter] = tensor
-    return result
 
+    def __init__(self, tensors: list[torch.Tensor], parameters: list[str], counts: list[int]) -> None:
+        self._tensors, self._parameters, self._counts = tensors, parameters, counts
 
-def to_their_homes(
-    tensors: dict[str, dict[str, torch.Tensor]], modules: dict[str, Any], finish: Callable[[], None]
-) -> None:
-    """Where a layer is not in the CPU's memory, put copies on its device in the tensors' place, after a call of finish()."""
-    for module, own in tensors.items():
-        weight = modules[module]._parameters.get("weight")
-        if weight is not None and weight.is_cpu:
-            continue
-        device = home_of(modules[module])
-        if device.type != "cpu":
-            finish()
-            tensors[module] = {parameter: tensor.to(device) for parameter, tensor in own.items()}
+    @classmethod
+    def over(cls, arena: Any, groups: Any, parameters: list[str], slots: Sequence[Any]) -> "Tensors":
+        """Over the core's arena, which may still be without its values."""
+        memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
+        tensors: list[Any] = [None] * len(parameters)
+        flat: dict[str, torch.Tensor] = {}
+        for _, dtype, shape, offsets, indices in groups:
+            whole = flat.get(dtype)
+            if whole is None:
+                kind = FROM_NAME[dtype]
+                whole = flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
+            for index, tensor in zip(indices, _pieces(whole, shape, offsets), strict=True):
+                tensors[index] = tensor
+        return cls(tensors, parameters, [slot[6] for slot in slots])
+
+    def columns(self, *parameters: str) -> list[list[torch.Tensor]] | None:
+        """For each of these parameters its tensors, slot by slot, if every slot has these and no other."""
+        width, count = len(parameters), len(self._counts)
+        if self._counts != [width] * count or self._parameters != list(parameters) * count:
+            return None
+        return [self._tensors[i::width] for i in range(width)]
+
+    def by_slot(self) -> list[dict[str, torch.Tensor]]:
+        """parameter → tensor of each slot."""
+        return [
+            dict(zip(self._parameters[begin:end], self._tensors[begin:end], strict=True))
+            for begin, end in self._spans()
+        ]
+
+    def of_slots(self, which: Sequence[int]) -> "Tensors":
+        """Those of some of the slots."""
+        spans = self._spans()
+        return Tensors(
+            [tensor for i in which for tensor in self._tensors[slice(*spans[i])]],
+            [parameter for i in which for parameter in self._parameters[slice(*spans[i])]],
+            [self._counts[i] for i in which],
+        )
+
+    def send_home(self, bases: Sequence[Any], finish: Callable[[], None]) -> None:
+        """Where a slot's base layer is not in the CPU's memory, take copies on its device instead, after a call of finish()."""
+        spans = self._spans()
+        for i, base in enumerate(bases):
+            weight = base._parameters.get("weight")
+            if weight is not None and weight.is_cpu:
+                continue
+            device = home_of(base)
+            if device.type != "cpu":
+                finish()
+                begin, end = spans[i]
+                self._tensors[begin:end] = [tensor.to(device) for tensor in self._tensors[begin:end]]
+
+    def _spans(self) -> list[tuple[int, int]]:
+        return list(pairwise(accumulate(self._counts, initial=0)))
 
 
 def _pieces(whole: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> Sequence[torch.Tensor]:

@@ -29,10 +29,8 @@ class IA3Layer(AdaptedLayer):
         return next(iter(self._feedforward.values()), False)
 
     @classmethod
-    def plan_put(
-        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
-    ) -> Callable[[], None]:
-        vectors = puts_of("ia3_l", name, parameters([own["ia3_l"] for own in tensors]))
+    def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
+        vectors = puts_of("ia3_l", name, parameters([own["ia3_l"] for own in tensors.by_slot()]))
         puts = (*vectors, (("_feedforward",), name, [slot[5] for slot in slots]))
         return functools.partial(_core.put_items, layers, puts)
 

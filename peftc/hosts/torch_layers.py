@@ -95,13 +95,14 @@ class AdaptedLayer(nn.Module):
         return layers
 
     @classmethod
-    def plan_put(
-        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
-    ) -> Callable[[], None]:
-        """A function that puts an adapter on many layers, as `put` does; what it takes is made here."""
+    def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
+        """A function that puts an adapter on many layers, as `put` does; what it takes is made here.
+
+        tensors: the layers' `Tensors` (torch_adapter.py).
+        """
 
         def put() -> None:
-            for layer, own, slot in zip(layers, tensors, slots, strict=True):
+            for layer, own, slot in zip(layers, tensors.by_slot(), slots, strict=True):
                 layer.put(name, own, slot, config)
 
         return put
@@ -109,7 +110,7 @@ class AdaptedLayer(nn.Module):
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         """Take an adapter's tensors (by parameter: "lora_A", …) in; nothing is copied.
 
-        slot: (module, adapts, rank, alpha, scaling, feedforward) of the core's plan.
+        slot: (module, adapts, rank, alpha, scaling, feedforward, tensors) of the core's plan.
         """
         raise NotImplementedError
 

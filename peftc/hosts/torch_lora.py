@@ -79,7 +79,7 @@ class LoraLayer(AdaptedLayer):
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], slot: Any, config: Any) -> None:
         children = self._modules
-        _, _, rank, alpha, scaling, _ = slot
+        _, _, rank, alpha, scaling, *_ = slot
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
         self.use_dora[name] = "lora_magnitude_vector" in tensors
         self.lora_bias[name] = "lora_B.bias" in tensors
@@ -204,14 +204,13 @@ class Linear(LoraLayer):
     """LoRA on nn.Linear and on GPT-2's Conv1D: y = base(x) + scaling · B A dropout(x)."""
 
     @classmethod
-    def plan_put(
-        cls, layers: list[Any], name: str, tensors: list[Any], slots: list[Any], config: Any
-    ) -> Callable[[], None]:
-        if any(len(own) != 2 for own in tensors):  # a magnitude, a bias, initial factors
+    def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
+        columns = tensors.columns("lora_A", "lora_B")
+        if columns is None:  # a magnitude, a bias, initial factors
             return super().plan_put(layers, name, tensors, slots, config)
         training = [layer.training for layer in layers]
-        _, _, ranks, alphas, scalings, _ = map(list, zip(*slots, strict=True))
-        a, b = (linears(parameters([own[field] for own in tensors]), training) for field in ("lora_A", "lora_B"))
+        _, _, ranks, alphas, scalings, *_ = map(list, zip(*slots, strict=True))
+        a, b = (linears(parameters(column), training) for column in columns)
         return functools.partial(
             _core.put_items,
             layers,

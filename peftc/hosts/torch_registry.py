@@ -18,7 +18,7 @@ from torch import nn
 from .. import _core
 from .._core import AdapterRegistry
 from . import torch_adalora, torch_attention, torch_dispatch, torch_files, torch_ia3, torch_lora, torch_peft
-from .torch_adapter import Adapter, tensor_of, tensors_by_module, to_their_homes
+from .torch_adapter import Adapter, Tensors, tensor_of
 from .torch_layers import AdaptedLayer, Switch
 from .torch_saved import SavedModule, copy_of
 from .torch_tree import describe, kind_of, walk
@@ -133,15 +133,15 @@ class TorchRegistry:
             builder.add(name, text, label=label, seed=seed, wait=with_values)
         else:
             missing, unexpected = builder.load(name, text, source, label=label, seed=seed, wait=with_values)
-        arena, tensors, slots = builder.layout(name)
+        arena, *listed, groups, slots = builder.layout(name)
         adapter = Adapter(name, builder.peft_type(name))
         adapter.subtracts = str(init).startswith(("pissa", "olora"))
         modules = dict(self._bound)
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
-        by_module = tensors_by_module(arena, tensors)
+        tensors = Tensors.over(arena, groups, listed[2], slots)
         adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
-        to_their_homes(by_module, modules, builder.finish)
-        put = adapter.plan_put(by_module, slots, config)
+        tensors.send_home([modules[slot[0]] for slot in slots], builder.finish)
+        put = adapter.plan_put(tensors, slots, config)
         if values.get("use_dora"):
             for path, *_ in slots:
                 torch_dispatch.check_in_memory(path, modules[path], "DoRA takes their norm")
@@ -158,7 +158,7 @@ class TorchRegistry:
             parent._modules[key] = layer
         for do in put:
             do()
-        adapter.enlist(tensors)
+        adapter.enlist(*listed)
         self._enter(adapter, saved, trainable)
         return missing, unexpected
 

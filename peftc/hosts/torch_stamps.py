@@ -41,9 +41,21 @@ def registries_on_demand(cls: Any) -> Any:
     return cls
 
 
+class _Extent:
+    """An extent of a factor, which is its weight's."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        return self if module is None else module._parameters["weight"].shape[self._axis]
+
+
 @registries_on_demand
 class Linear(nn.Linear):
-    """A factor of an adapter."""
+    """A factor of an adapter. All of them are made from one template: extents are the weight's."""
+
+    in_features, out_features = _Extent(1), _Extent(0)
 
 
 @registries_on_demand
@@ -84,22 +96,26 @@ def empty(kind: Any, training: bool) -> nn.Module:
 
 def linears(parameters: list[nn.Parameter], training: list[bool]) -> list[Any]:
     """A Linear without bias over each parameter (out, in)."""
-    templates = [_linear(p.shape, mode) for p, mode in zip(parameters, training, strict=True)]
-    made = _core.modules_like(templates)
+    made = _core.modules_like([_linear(mode) for mode in training])
     _core.put_items(made, ((("_parameters",), "weight", parameters),))
     return made
 
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> Any:
     """A Linear over a weight (out, in) and a bias (out,)."""
-    made = _core.module_like(_linear(weight.shape, training))
+    made = _core.module_like(_linear(training))
     made._parameters.update(weight=weight, bias=bias)
     return made
 
 
-def _linear(shape: tuple[int, ...], training: bool) -> nn.Module:
-    key = (shape, training)
-    return _TEMPLATES.get(key) or template(key, lambda: Linear(shape[1], shape[0], bias=False).train(training))
+def _linear(training: bool) -> nn.Module:
+    return _TEMPLATES.get((Linear, training)) or template((Linear, training), lambda: _bare_linear().train(training))
+
+
+def _bare_linear() -> Linear:
+    made = Linear(1, 1, bias=False)
+    del made.__dict__["in_features"], made.__dict__["out_features"]
+    return made
 
 
 def module_dict() -> nn.ModuleDict:

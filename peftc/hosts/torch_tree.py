@@ -80,9 +80,18 @@ def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_
     holders keeps the tensors whose addresses are given alive; with_values=False gives none.
     """
     opaque: dict[type, Any] = {}  # of the classes that no adapter has code for
+    linear: dict[Any, Any] = {}  # of linear layers, by what their rows say
     rows = []
     for name, module in modules:
         row = opaque.get(type(module))
+        if type(module) is nn.Linear and not with_values:
+            own = module._parameters
+            weight = own.get("weight")
+            if weight is not None and "bias" in own:
+                key = weight.shape, weight.dtype, own["bias"] is None
+                row = linear.get(key)
+                if row is None:
+                    row = linear[key] = _described(module, "Linear", holders, with_values)
         if row is None:
             kind = kind_of(module)
             if kind:

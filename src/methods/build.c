@@ -129,18 +129,20 @@ static pc_status plan_all(draft *d, const pc_method *method, const pc_config *co
     return status;
 }
 
-/* Tensors that are alike: same role, dtype and shape. */
-typedef struct alike {
-    int32_t role, dtype, ndim, padding;
-    int64_t shape[PC_TENSOR_DIMS];
-} alike;
+pc_likeness pc_tensor_likeness(const pc_tensor *tensor)
+{
+    pc_likeness same = {.role = tensor->role, .dtype = (int32_t)tensor->dtype, .ndim = tensor->ndim};
+    for (int dim = 0; dim < tensor->ndim; dim++)
+        same.shape[dim] = tensor->shape[dim];
+    return same;
+}
 
 /* Give each tensor its place: those that are alike lie side by side, in their order.  A host makes its own tensors of
  * all of them in one call then, and what stays zero (LoRA's B) shares no pages with what is written. */
 static pc_status lay_out(const draft *d, pc_error *err)
 {
     const size_t none = SIZE_MAX;
-    alike *keys = pc_calloc(d->tensor_count, sizeof *keys);
+    pc_likeness *keys = pc_calloc(d->tensor_count, sizeof *keys);
     size_t *next = pc_calloc(d->tensor_count, sizeof *next); /* of the same group */
     size_t *last = pc_calloc(d->tensor_count, sizeof *last); /* by a group's first tensor */
     bool *begins = pc_calloc(d->tensor_count, sizeof *begins);
@@ -148,10 +150,7 @@ static pc_status lay_out(const draft *d, pc_error *err)
     pc_strmap_init(&groups);
     bool good = keys != NULL && next != NULL && last != NULL && begins != NULL;
     for (size_t i = 0; good && i < d->tensor_count; i++) {
-        const pc_tensor *tensor = &d->tensors[i];
-        keys[i] = (alike){.role = tensor->role, .dtype = (int32_t)tensor->dtype, .ndim = tensor->ndim};
-        for (int dim = 0; dim < tensor->ndim; dim++)
-            keys[i].shape[dim] = tensor->shape[dim];
+        keys[i] = pc_tensor_likeness(&d->tensors[i]);
         size_t first;
         next[i] = none;
         if (pc_strmap_get(&groups, (const char *)&keys[i], sizeof *keys, &first)) {

@@ -141,6 +141,14 @@ pc_status pc_pattern_value(const pc_number_patterns *patterns, const char *key, 
 pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_len, pc_config *config,
                            const pc_weights *source, pc_adapter **out, pc_error *err);
 
+/* What tensors that are alike have in common: role, dtype and shape; equal bytes. They lie side by side in the arena. */
+typedef struct pc_likeness {
+    int32_t role, dtype, ndim, padding;
+    int64_t shape[PC_TENSOR_DIMS];
+} pc_likeness;
+
+pc_likeness pc_tensor_likeness(const pc_tensor *tensor);
+
 /* Is the tensor a copy of a base weight or bias that the adapter does not train? */
 bool pc_is_base_copy(const pc_tensor *tensor);
 

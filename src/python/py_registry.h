@@ -69,8 +69,16 @@ PyObject *registry_saved_modules(PyObject *op, PyObject *arg);
 PyObject *registry_adapted_modules(PyObject *op, PyObject *arg);
 PyObject *registry_save(PyObject *op, PyObject *args, PyObject *kwargs);
 
-/* Fill a table entry from a tuple that describes a module of another library; -1 with an exception. */
-int registry_describe_foreign(PyObject *row, pc_module *entry);
+/* Rows that were read already, by their address. */
+#define FOREIGN_ROWS 32
+typedef struct foreign_rows {
+    PyObject *rows[FOREIGN_ROWS]; /* borrowed */
+    pc_module entries[FOREIGN_ROWS];
+} foreign_rows;
+
+/* Fill a table entry from a tuple that describes a module of another library; -1 with an exception. `seen` begins with
+ * zeros and is for one call that keeps all rows alive. */
+int registry_describe_foreign(PyObject *row, foreign_rows *seen, pc_module *entry);
 extern const char registry_layout_doc[];
 PyObject *registry_layout(PyObject *op, PyObject *arg);
 

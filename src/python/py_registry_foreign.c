@@ -60,7 +60,7 @@ static int read_kernel(PyObject *kernel, pc_module *entry)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-int registry_describe_foreign(PyObject *row, pc_module *entry)
+static int read_row(PyObject *row, pc_module *entry)
 {
     const char *class_name, *kind, *dtype;
     PyObject *weight, *bias, *has_bias, *kernel = NULL;
@@ -88,65 +88,48 @@ int registry_describe_foreign(PyObject *row, pc_module *entry)
     return PyErr_Occurred() || read_kernel(kernel, entry) < 0 ? -1 : check_geometry(entry);
 }
 
+int registry_describe_foreign(PyObject *row, foreign_rows *seen, pc_module *entry)
+{
+    const size_t place = ((uintptr_t)row >> 4) % FOREIGN_ROWS;
+    if (seen->rows[place] == row) { /* the same tuple for many modules, and alive: the caller has all of them */
+        const pc_module named = *entry;
+        *entry = seen->entries[place];
+        entry->name = named.name;
+        entry->name_len = named.name_len;
+        entry->output_embedding = named.output_embedding;
+        entry->input_embedding = named.input_embedding;
+        entry->alias_of = named.alias_of;
+        return 0;
+    }
+    if (read_row(row, entry) < 0)
+        return -1;
+    seen->rows[place] = row;
+    seen->entries[place] = *entry;
+    return 0;
+}
+
 /* ---------------------------------------------------------------------- layout */
 
-/* Python objects that many rows have in common: made once. */
-#define SHAPES 16
-
-typedef struct common {
-    PyObject *shapes[SHAPES]; /* tuples, and … */
-    pc_tensor like[SHAPES];   /* … tensors of those shapes */
-    size_t next_shape;
-    PyObject *module; /* the name of the module of the row before */
+/* What is being put together for layout(). */
+typedef struct plan {
+    const pc_registry *core;
+    const pc_adapter *adapter;
+    pc_pool pool;
+    pc_strmap groups; /* pc_likeness → index in the list of groups */
+    PyObject *keys, *modules, *parameters, *saved, *group_list, *slots;
+    PyObject *module; /* the name that was asked for last */
     int32_t module_index;
-} common;
-
-static void clear_common(common *c)
-{
-    for (size_t i = 0; i < SHAPES; i++)
-        Py_XDECREF(c->shapes[i]);
-    Py_XDECREF(c->module);
-}
-
-static bool same_shape(const pc_tensor *a, const pc_tensor *b)
-{
-    bool same = a->ndim == b->ndim;
-    for (int d = 0; same && d < a->ndim; d++)
-        same = a->shape[d] == b->shape[d];
-    return same;
-}
-
-/* The tensor's shape as a tuple; a new reference. */
-static PyObject *shape_of(common *c, const pc_tensor *tensor)
-{
-    for (size_t i = 0; i < SHAPES; i++)
-        if (c->shapes[i] != NULL && same_shape(&c->like[i], tensor))
-            return Py_NewRef(c->shapes[i]);
-    PyObject *shape = PyTuple_New(tensor->ndim);
-    for (int d = 0; shape != NULL && d < tensor->ndim; d++) {
-        PyObject *extent = PyLong_FromLongLong(tensor->shape[d]);
-        if (extent == NULL)
-            Py_CLEAR(shape);
-        else
-            PyTuple_SET_ITEM(shape, d, extent);
-    }
-    if (shape != NULL) {
-        Py_XSETREF(c->shapes[c->next_shape], Py_NewRef(shape));
-        c->like[c->next_shape] = *tensor;
-        c->next_shape = (c->next_shape + 1) % SHAPES;
-    }
-    return shape;
-}
+} plan;
 
 /* A module's name; a new reference. */
-static PyObject *module_name(common *c, const pc_registry *core, int32_t index)
+static PyObject *module_name(plan *p, int32_t index)
 {
-    if (c->module == NULL || c->module_index != index) {
-        const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)core)->items[index];
-        Py_XSETREF(c->module, PyUnicode_FromStringAndSize(module->name, (Py_ssize_t)module->name_len));
-        c->module_index = index;
+    if (p->module == NULL || p->module_index != index) {
+        const pc_module *module = &pc_registry_modules((pc_registry *)(uintptr_t)p->core)->items[index];
+        Py_XSETREF(p->module, PyUnicode_FromStringAndSize(module->name, (Py_ssize_t)module->name_len));
+        p->module_index = index;
     }
-    return Py_XNewRef(c->module);
+    return Py_XNewRef(p->module);
 }
 
 /* What the host calls the tensor. */
@@ -158,6 +141,14 @@ static const char *parameter_name(const pc_adapter *adapter, const pc_tensor *te
             role = adapter->method->roles[i].parameter;
     const char *suffix = strrchr(key, '.');
     return strcmp(role, "lora_B") == 0 && suffix != NULL && strcmp(suffix, ".bias") == 0 ? "lora_B.bias" : role;
+}
+
+/* Append a new reference, which is given back; false with an exception, also when it is NULL. */
+static bool append(PyObject *list, PyObject *item)
+{
+    const bool good = item != NULL && PyList_Append(list, item) == 0;
+    Py_XDECREF(item);
+    return good;
 }
 
 /* A tuple of new references, which are given back if one is NULL. */
@@ -176,46 +167,84 @@ static PyObject *pack(PyObject **items, Py_ssize_t count)
     return tuple;
 }
 
-static PyObject *tensor_row(const pc_registry *core, const pc_adapter *adapter, const pc_tensor *tensor, pc_pool *pool,
-                            common *c)
+static PyObject *shape_of(const pc_tensor *tensor)
 {
-    pc_string key;
-    pc_error err;
-    if (pc_tensor_name(core, adapter, tensor, false, pool, &key, &err) != PC_OK)
-        return PyErr_NoMemory();
-    PyObject *items[] = {
-        PyUnicode_FromStringAndSize(key.text, (Py_ssize_t)key.len),
-        module_name(c, core, tensor->module),
-        PyUnicode_InternFromString(parameter_name(adapter, tensor, key.text)),
-        PyUnicode_InternFromString(pc_dtype_get(tensor->dtype)->name),
-        shape_of(c, tensor),
-        PyLong_FromSize_t(tensor->offset),
-        Py_NewRef(tensor->in_state_dict ? Py_True : Py_False),
-        Py_NewRef(tensor->trainable ? Py_True : Py_False),
-    };
-    return pack(items, sizeof items / sizeof *items);
+    PyObject *shape = PyTuple_New(tensor->ndim);
+    for (int d = 0; shape != NULL && d < tensor->ndim; d++) {
+        PyObject *extent = PyLong_FromLongLong(tensor->shape[d]);
+        if (extent == NULL)
+            Py_CLEAR(shape);
+        else
+            PyTuple_SET_ITEM(shape, d, extent);
+    }
+    return shape;
 }
 
-static PyObject *slot_row(const pc_registry *core, const pc_slot *slot, common *c)
+/* The group of tensors like this one, borrowed; made when there is none. */
+static PyObject *group_of(plan *p, const pc_tensor *tensor, PyObject *parameter)
+{
+    const pc_likeness same = pc_tensor_likeness(tensor);
+    size_t index;
+    if (pc_strmap_get(&p->groups, (const char *)&same, sizeof same, &index))
+        return PyList_GET_ITEM(p->group_list, (Py_ssize_t)index);
+    const char *key = pc_pool_strndup(&p->pool, (const char *)&same, sizeof same);
+    index = (size_t)PyList_GET_SIZE(p->group_list);
+    if (key == NULL || !pc_strmap_put(&p->groups, key, sizeof same, index)) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    PyObject *items[] = {
+        Py_NewRef(parameter),
+        PyUnicode_InternFromString(pc_dtype_get(tensor->dtype)->name),
+        shape_of(tensor),
+        PyList_New(0),
+        PyList_New(0),
+    };
+    return append(p->group_list, pack(items, 5)) ? PyList_GET_ITEM(p->group_list, (Py_ssize_t)index) : NULL;
+}
+
+static bool plan_tensor(plan *p, size_t index)
+{
+    const pc_tensor *tensor = &p->adapter->tensors[index];
+    pc_string key;
+    pc_error err;
+    if (pc_tensor_name(p->core, p->adapter, tensor, false, &p->pool, &key, &err) != PC_OK) {
+        PyErr_NoMemory();
+        return false;
+    }
+    PyObject *parameter = PyUnicode_InternFromString(parameter_name(p->adapter, tensor, key.text));
+    PyObject *group = parameter != NULL ? group_of(p, tensor, parameter) : NULL;
+    const bool good = group != NULL && append(PyTuple_GET_ITEM(group, 3), PyLong_FromSize_t(tensor->offset)) &&
+                      append(PyTuple_GET_ITEM(group, 4), PyLong_FromSize_t(index)) &&
+                      append(p->keys, PyUnicode_FromStringAndSize(key.text, (Py_ssize_t)key.len)) &&
+                      append(p->modules, module_name(p, tensor->module)) && append(p->parameters, Py_NewRef(parameter)) &&
+                      append(p->saved, Py_NewRef(tensor->in_state_dict ? Py_True : Py_False));
+    Py_XDECREF(parameter);
+    return good;
+}
+
+static PyObject *slot_row(plan *p, const pc_slot *slot)
 {
     PyObject *items[] = {
-        module_name(c, core, slot->module),
+        module_name(p, slot->module),
         Py_NewRef(slot->adapts ? Py_True : Py_False),
         PyLong_FromLongLong(slot->rank),
         PyFloat_FromDouble(slot->alpha),
         PyFloat_FromDouble(slot->scaling),
         Py_NewRef(slot->feedforward ? Py_True : Py_False),
+        PyLong_FromLong(slot->tensor_count),
     };
     return pack(items, sizeof items / sizeof *items);
 }
 
 const char registry_layout_doc[] =
     "layout($self, name, /)\n--\n\n"
-    "An adapter as a host that makes its own tensors needs it: (arena, tensors, slots).\n\n"
-    "arena is a writable uint8 array over all tensors; it keeps them alive. tensors is a list of (state-dict key, "
-    "module, parameter, dtype, shape, offset in bytes, in the state dict?, trainable?), where those of one parameter, dtype "
-    "and shape lie side by side (each begins at a multiple of 64 bytes), slots one of (module, "
-    "adapts?, rank, alpha, scaling, feedforward?).";
+    "An adapter as a host that makes its own tensors needs it: (arena, keys, modules, parameters, saved, groups, slots).\n\n"
+    "arena is a writable uint8 array over all tensors; it keeps them alive. Of each tensor there is the state-dict key, the "
+    "module's name, the parameter's name, and whether it is in the state dict, in four lists. groups is a list of (parameter, "
+    "dtype, shape, offsets in bytes, indices) of tensors that are alike; they lie side by side, each at a multiple of 64 "
+    "bytes. slots is a list of (module, adapts?, rank, alpha, scaling, feedforward?, tensors): the tensors of a slot follow "
+    "each other, and slots do, too.";
 
 PyObject *registry_layout(PyObject *op, PyObject *arg)
 {
@@ -225,34 +254,32 @@ PyObject *registry_layout(PyObject *op, PyObject *arg)
     if (adapter == NULL)
         return NULL;
     pc_adapter_retain(adapter);
-    pc_pool pool;
-    pc_pool_init(&pool);
-    common c = {.module = NULL};
+    plan p = {.core = self->core, .adapter = adapter};
+    pc_pool_init(&p.pool);
+    pc_strmap_init(&p.groups);
+    PyObject **const lists[] = {&p.keys, &p.modules, &p.parameters, &p.saved, &p.group_list, &p.slots};
+    bool good = true;
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
+        good = (*lists[i] = PyList_New(0)) != NULL && good;
+    for (size_t i = 0; good && i < adapter->tensor_count; i++)
+        good = plan_tensor(&p, i);
+    for (size_t i = 0; good && i < adapter->slot_count; i++)
+        good = append(p.slots, slot_row(&p, &adapter->slots[i]));
     npy_intp bytes = (npy_intp)pc_arena_size(adapter->arena);
-    PyObject *owner = registry_arena(state, adapter->arena);
+    PyObject *owner = good ? registry_arena(state, adapter->arena) : NULL;
     PyObject *arena = owner != NULL
                           ? peftc_array_over(state, PC_U8, 1, &bytes, pc_arena_data(adapter->arena), owner, 1)
                           : NULL;
-    PyObject *tensors = arena != NULL ? PyList_New((Py_ssize_t)adapter->tensor_count) : NULL;
-    PyObject *slots = tensors != NULL ? PyList_New((Py_ssize_t)adapter->slot_count) : NULL;
-    bool made = slots != NULL;
-    for (size_t i = 0; made && i < adapter->tensor_count; i++) {
-        PyObject *row = tensor_row(self->core, adapter, &adapter->tensors[i], &pool, &c);
-        made = row != NULL;
-        PyList_SET_ITEM(tensors, (Py_ssize_t)i, row);
-    }
-    for (size_t i = 0; made && i < adapter->slot_count; i++) {
-        PyObject *row = slot_row(self->core, &adapter->slots[i], &c);
-        made = row != NULL;
-        PyList_SET_ITEM(slots, (Py_ssize_t)i, row);
-    }
-    PyObject *result = made ? PyTuple_Pack(3, arena, tensors, slots) : NULL;
-    Py_XDECREF(slots);
-    Py_XDECREF(tensors);
+    PyObject *result = NULL;
+    if (arena != NULL)
+        result = PyTuple_Pack(7, arena, p.keys, p.modules, p.parameters, p.saved, p.group_list, p.slots);
     Py_XDECREF(arena);
     Py_XDECREF(owner);
-    clear_common(&c);
-    pc_pool_free(&pool);
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
+        Py_XDECREF(*lists[i]);
+    Py_XDECREF(p.module);
+    pc_strmap_free(&p.groups);
+    pc_pool_free(&p.pool);
     pc_adapter_release(adapter);
     return result;
 }

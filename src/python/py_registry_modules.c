@@ -106,7 +106,7 @@ static int rebind(registry_object *self, peftc_state *state, pc_module *entry, P
 }
 
 static int bind_one(registry_object *self, peftc_state *state, PyObject *name_obj, PyObject *object,
-                    PyObject *output_embedding, PyObject *input_embedding)
+                    PyObject *output_embedding, PyObject *input_embedding, foreign_rows *seen)
 {
     Py_ssize_t len;
     const char *name = PyUnicode_AsUTF8AndSize(name_obj, &len);
@@ -129,7 +129,7 @@ static int bind_one(registry_object *self, peftc_state *state, PyObject *name_ob
         return -1;
     }
     describe(state, object, &entry);
-    if (PyTuple_Check(object) && registry_describe_foreign(object, &entry) < 0)
+    if (PyTuple_Check(object) && registry_describe_foreign(object, seen, &entry) < 0)
         return -1;
     size_t index;
     pc_error err;
@@ -185,10 +185,11 @@ PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs)
     }
     int result = registry_lock(self);
     if (result == 0) {
+        foreign_rows seen = {.rows = {NULL}};
         for (Py_ssize_t i = 0; i < count && result == 0; i++) {
             PyObject *pair = PyTuple_GET_ITEM(pairs, i);
             result = bind_one(self, state, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), output_embedding,
-                              input_embedding);
+                              input_embedding, &seen);
         }
         registry_unlock(self);
     }
