@@ -33,7 +33,7 @@ static int kind_from_name(const char *name, pc_kind *kind)
 /* What a module's row may not be: the core multiplies these. */
 static int check_geometry(const pc_module *entry)
 {
-    int64_t product;
+    int64_t product = 0;
     bool fits = entry->in_features >= 0 && entry->out_features >= 0 && entry->groups >= 1 &&
                 !__builtin_mul_overflow(entry->in_features, entry->out_features, &product);
     for (int d = 0; d < pc_kind_kernel_dims(entry->kind) && fits; d++)
