@@ -194,9 +194,9 @@ class LoraLayer(AdaptedLayer):
 # --------------------------------------------------------------------------- linear
 
 
-def _product_by_calls(a: Any, b: Any, like: torch.Tensor) -> torch.Tensor:
-    """B A of modules that are not plain ones: FSDP brings the weights of those that it wraps in for a call."""
-    product: torch.Tensor = b(a(torch.eye(a.in_features, device=like.device, dtype=like.dtype))).T
+def _product_by_calls(a: Any, b: Any, x: torch.Tensor) -> torch.Tensor:
+    """B A of modules that are not plain ones, x (…, in): FSDP brings the weights of those that it wraps in for a call."""
+    product: torch.Tensor = b(a(torch.eye(x.shape[-1], device=x.device, dtype=x.dtype))).T
     return product
 
 

@@ -48,7 +48,14 @@ class _Extent:
         self._axis = axis
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        return self if module is None else module._parameters["weight"].shape[self._axis]
+        if module is None:
+            return self
+        weight = module._parameters.get("weight")
+        if weight is None:  # FSDP takes the parameter away, and puts a tensor in its place for calls
+            weight = module.__dict__.get("weight")
+        if weight is None:
+            raise AttributeError("the extents of a factor are its weight's, which it lacks")
+        return weight.shape[self._axis]
 
 
 @registries_on_demand

@@ -75,9 +75,14 @@ def test_merged_weights_of_several(feature, tmp_path):
     pair = Pair(FEATURES[feature], tmp_path / "first").load()
     pair.add_other(tmp_path)
     pair.set(["other", "default"])
+    before = [np.array(y) for y in pair.ours(pair.x)]
     for layer in pair.layers().values():
         layer.merge()
     pair.ours.merge_adapter()
+    for merged, unmerged in zip(pair.ours(pair.x), before, strict=True):
+        close(merged, unmerged)
+    if pair.feature.fields.get("use_dora"):  # difference: PEFT's norm is that of weights with the others merged in
+        return
     check_merged_weights(pair)
     pair.check()
 
