@@ -222,7 +222,6 @@ def lowrank_node(
     matmul: Callable[..., Any],
     empty: Callable[..., Any],
     empty_like: Callable[[Any], Any],
-    float32: Any,
     sum: Callable[..., Any],
     derivatives: Callable[[Any, Any], tuple[Any, ...]],
     /,

@@ -9,7 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .. import _core
-from .torch_layers import AdaptedLayer, dropout_modules, transposed
+from .torch_layers import AdaptedLayer, number_puts, transposed
 from .torch_lora import LoraLayer
 from .torch_lowrank import adapted_linear, add_plain
 from .torch_stamps import ModuleDict, ParameterDict, parameters, puts_of
@@ -36,7 +36,6 @@ class AdaLoraLayer(LoraLayer):
 
     @classmethod
     def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
-        _, _, ranks, alphas, scalings, *_ = map(list, zip(*slots, strict=True))
         own = tensors.by_slot()
         made: list[Any] = []
         for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
@@ -44,13 +43,7 @@ class AdaLoraLayer(LoraLayer):
         return functools.partial(
             _core.put_items,
             layers,
-            (
-                (("r",), name, ranks),
-                (("lora_alpha",), name, alphas),
-                (("scaling",), name, scalings),
-                (("_modules", "lora_dropout", "_modules"), name, dropout_modules(config.lora_dropout, layers)),
-                *made,
-            ),
+            (*number_puts(layers, name, slots, config), *made),
         )
 
     @property

@@ -55,6 +55,17 @@ def dropout_modules(p: float, layers: list[Any]) -> list[nn.Module] | nn.Module:
     return dropout_module(p, layers[0].training, layers[0]._peftc)
 
 
+def number_puts(layers: list[Any], name: str, slots: list[Any], config: Any) -> tuple[Any, ...]:
+    """What `_core.put_items` puts of a low-rank adapter beside its tensors: rank, alpha, scaling, dropout."""
+    _, _, ranks, alphas, scalings, *_ = map(list, zip(*slots, strict=True))
+    return (
+        (("r",), name, ranks),
+        (("lora_alpha",), name, alphas),
+        (("scaling",), name, scalings),
+        (("_modules", "lora_dropout", "_modules"), name, dropout_modules(config.lora_dropout, layers)),
+    )
+
+
 _EXTENTS = (
     ("in_features", "out_features"),
     ("in_channels", "out_channels"),

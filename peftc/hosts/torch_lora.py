@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _core
-from .torch_layers import AdaptedLayer, Rows, dropout_module, dropout_modules, transposed
+from .torch_layers import AdaptedLayer, Rows, dropout_module, number_puts, transposed
 from .torch_lowrank import adapted_linear, add_lowrank, add_plain, runs_eagerly
 from .torch_stamps import Linear as PlainLinear
 from .torch_stamps import (
@@ -209,18 +209,14 @@ class Linear(LoraLayer):
         if columns is None:  # a magnitude, a bias, initial factors
             return super().plan_put(layers, name, tensors, slots, config)
         training = [layer.training for layer in layers]
-        _, _, ranks, alphas, scalings, *_ = map(list, zip(*slots, strict=True))
         a, b = (linears(parameters(column), training) for column in columns)
         return functools.partial(
             _core.put_items,
             layers,
             (
-                (("r",), name, ranks),
-                (("lora_alpha",), name, alphas),
-                (("scaling",), name, scalings),
+                *number_puts(layers, name, slots, config),
                 (("use_dora",), name, False),
                 (("lora_bias",), name, False),
-                (("_modules", "lora_dropout", "_modules"), name, dropout_modules(config.lora_dropout, layers)),
                 (("_modules", "lora_A", "_modules"), name, a),
                 (("_modules", "lora_B", "_modules"), name, b),
             ),

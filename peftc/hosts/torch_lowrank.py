@@ -154,9 +154,8 @@ _forward, _backward = _core.lowrank_node(
     torch.is_grad_enabled,
     nn.functional.linear,
     torch.matmul,
-    torch.empty,
+    functools.partial(torch.empty, dtype=torch.float32),
     torch.empty_like,
-    torch.float32,
     _sum,
     _derivatives,
 )

@@ -3,6 +3,7 @@
  * For one token a layer's low-rank sum takes under a microsecond; looking the factors up in Python would take several.
  * Whatever is not the plain case is left to the caller, who has torch's operations for it. */
 #include "py_torch_operand.h"
+#include "py_torch_pieces.h"
 #include "py_torch_watch.h"
 
 /* What `lowrank_adder` is given, and names; the items of the tuple that is the made functions' `self`. */
@@ -437,26 +438,7 @@ static PyObject *lowrank_adder(PyObject *module, PyObject *const *args, Py_ssize
         PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes four types, a tuple that says who watches, and five functions");
         return NULL;
     }
-    PyObject *self = PyTuple_New(COUNT), *add = NULL, *linear = NULL, *both = NULL;
-    bool good = self != NULL;
-    for (int i = MODULE; good && i < COUNT; i++) {
-        PyObject *piece = i == MODULE ? Py_NewRef(module)
-                          : i < PIECES ? Py_NewRef(args[i - 1])
-                                       : PyUnicode_InternFromString(names[i - PIECES]);
-        good = piece != NULL;
-        if (good)
-            PyTuple_SET_ITEM(self, i, piece);
-    }
-    if (good)
-        add = PyCFunction_New(&add_lowrank_def, self);
-    if (add != NULL)
-        linear = PyCFunction_New(&adapted_linear_def, self);
-    if (linear != NULL)
-        both = PyTuple_Pack(2, add, linear);
-    Py_XDECREF(add);
-    Py_XDECREF(linear);
-    Py_XDECREF(self);
-    return both;
+    return peftc_pieces_functions(module, args, PIECES, names, COUNT, &add_lowrank_def, &adapted_linear_def);
 }
 
 static PyMethodDef functions[] = {

@@ -3,6 +3,7 @@
 #include "py_torch_kernels.h"
 
 #include "py_torch_operand.h"
+#include "py_torch_pieces.h"
 #include "py_torch_watch.h"
 
 /* What `lowrank_node` is given, and names; the items of the tuple that is the made functions' `self`. */
@@ -12,9 +13,8 @@ enum piece {
     GRAD_ENABLED, /* torch.is_grad_enabled */
     LINEAR,       /* torch.nn.functional.linear */
     MATMUL,       /* torch.matmul */
-    EMPTY,        /* torch.empty */
+    EMPTY,        /* shape → a new float32 tensor on the CPU, its values undefined */
     EMPTY_LIKE,   /* torch.empty_like */
-    FLOAT32,      /* torch.float32 */
     SUM,          /* (x, y, A, B, E, scaling) → the sum, for what the kernels do not take */
     DERIVATIVES,  /* (ctx, grad) → (dx, dy, None, None, dA, dB, dE, None, None), likewise */
     PIECES,       /* names from here on */
@@ -24,12 +24,11 @@ enum piece {
     SCALING,
     CONTIGUOUS,
     ADDCMUL,
-    DTYPE, /* a tuple of one name, for calls with a keyword */
     COUNT,
 };
 
 static const char *const names[COUNT - PIECES] = {
-    "save_for_backward", "saved_tensors", "needs_input_grad", "scaling", "contiguous", "addcmul_", "dtype",
+    "save_for_backward", "saved_tensors", "needs_input_grad", "scaling", "contiguous", "addcmul_",
 };
 
 #define PIECE(self, i) PyTuple_GET_ITEM(self, i)
@@ -46,10 +45,8 @@ static PyObject *hidden_of(PyObject *self, PyObject *x, PyObject *a)
     if (!operand_take(state, x, &dtype, &rows) || !operand_matrix(state, a, &dtype, &down) || dtype == PC_F64)
         Py_RETURN_NONE;
     PyObject *shape = Py_BuildValue("(LL)", (long long)down.rows.rows, (long long)rows.rows.rows), *made = NULL;
-    if (shape != NULL) {
-        PyObject *arguments[] = {shape, PIECE(self, FLOAT32)};
-        made = PyObject_Vectorcall(PIECE(self, EMPTY), arguments, 1, PIECE(self, DTYPE));
-    }
+    if (shape != NULL)
+        made = PyObject_CallOneArg(PIECE(self, EMPTY), shape);
     Py_XDECREF(shape);
     return made;
 }
@@ -217,40 +214,19 @@ static PyMethodDef forward_def = {"forward", (PyCFunction)(void (*)(void))node_f
 static PyMethodDef backward_def = {"backward", (PyCFunction)(void (*)(void))node_backward, METH_FASTCALL, backward_doc};
 
 PyDoc_STRVAR(lowrank_node_doc,
-             "lowrank_node(watch, grad_enabled, linear, matmul, empty, empty_like, float32, sum, derivatives, /)\n--\n\n"
+             "lowrank_node(watch, grad_enabled, linear, matmul, empty, empty_like, sum, derivatives, /)\n--\n\n"
              "(forward, backward) of the torch.autograd.Function that is the low-rank sum.\n\n"
              "What they need of torch is given to them: who may watch the operations (see lowrank_adder); functions of these\n"
-             "names; torch.float32. What the kernels do not take is asked of sum(x, y, A, B, E, scaling) and of\n"
+             "names of torch, `empty` such that it makes float32. What the kernels do not take is asked of sum(x, y, A, B, E, scaling) and of\n"
              "derivatives(ctx, grad).");
 
 static PyObject *lowrank_node(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != PIECES - 1 || !peftc_watch_check(args[WATCH - 1])) {
-        PyErr_SetString(PyExc_TypeError, "lowrank_node() takes a tuple that says who watches, and eight pieces of torch");
+        PyErr_SetString(PyExc_TypeError, "lowrank_node() takes a tuple that says who watches, and seven functions");
         return NULL;
     }
-    PyObject *self = PyTuple_New(COUNT), *both = NULL, *forward = NULL, *backward = NULL;
-    bool good = self != NULL;
-    for (int i = MODULE; good && i < COUNT; i++) {
-        PyObject *piece = i == MODULE ? Py_NewRef(module)
-                          : i < PIECES ? Py_NewRef(args[i - 1])
-                                       : PyUnicode_InternFromString(names[i - PIECES]);
-        if (i == DTYPE && piece != NULL)
-            Py_SETREF(piece, PyTuple_Pack(1, piece));
-        good = piece != NULL;
-        if (good)
-            PyTuple_SET_ITEM(self, i, piece);
-    }
-    if (good)
-        forward = PyCFunction_New(&forward_def, self);
-    if (forward != NULL)
-        backward = PyCFunction_New(&backward_def, self);
-    if (backward != NULL)
-        both = PyTuple_Pack(2, forward, backward);
-    Py_XDECREF(forward);
-    Py_XDECREF(backward);
-    Py_XDECREF(self);
-    return both;
+    return peftc_pieces_functions(module, args, PIECES, names, COUNT, &forward_def, &backward_def);
 }
 
 static PyMethodDef functions[] = {
