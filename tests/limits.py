@@ -1,10 +1,11 @@
-"""What reading a file may cost, whoever made it: 5 s of CPU time, 1 GiB of memory. Needs no torch."""
+"""What reading a file may cost, whoever made it: 5 s of CPU time, 1 GiB of memory; disks that get full. Needs no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,24 @@ def bounded_memory() -> Iterator[None]:
     yield
     grown = _peak() - before
     assert grown < BYTES, f"{grown / 2**20:.0f} MiB"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Within: `folder`, which is made, is a tmpfs of that size ("8k", "1m"). Skips the test where it may not mount one."""
+    folder.mkdir()
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=False, capture_output=True
+        )
+    except OSError:
+        pytest.skip("no mount command")
+    if done.returncode != 0:
+        pytest.skip("not allowed to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def _resident_from_now_on() -> int:

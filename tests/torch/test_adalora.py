@@ -14,6 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import peftc
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 14
 FIELDS = {
     "target_modules": ["query", "value", "intermediate.dense"],
@@ -28,14 +30,6 @@ FIELDS = {
     "task_type": "SEQ_CLS",  # PEFT adds the regularisation to the loss of models that it wraps for a task
     "modules_to_save": ["classifier"],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

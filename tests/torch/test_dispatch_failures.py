@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import peft
 import pytest
 import torch
+from limits import small_disk
 from safetensors.torch import save_file
 from test_dispatch import ELSEWHERE, HALF, folders, logits, on_disk, patched, spread  # noqa: F401
 from transformers import GPT2LMHeadModel
@@ -121,21 +122,10 @@ print("as it was")
 
 def test_a_disk_that_is_really_full(folders):  # noqa: F811
     """In a process of its own: accelerate's way of writing ends it with SIGBUS."""
-    small = folders / "small"
-    small.mkdir()
-    try:
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=8k", "none", small], check=False, capture_output=True
-        )
-    except OSError:
-        pytest.skip("no mount command")
-    if made.returncode != 0:
-        pytest.skip("not allowed to mount")
-    try:
-        code = FULL.format(paths=[os.path.dirname(__file__), os.getcwd()])
+    with small_disk(folders / "small", "8k"):
+        here = os.path.dirname(__file__)
+        code = FULL.format(paths=[here, os.path.dirname(here), os.getcwd()])
         done = subprocess.run([sys.executable, "-c", code, folders], capture_output=True, text=True, check=False)
-    finally:
-        subprocess.run(["umount", small], check=True)
     assert done.returncode == 0 and "as it was" in done.stdout, (done.returncode, done.stderr)
 
 

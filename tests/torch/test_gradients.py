@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import peftc
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (3, 5)),
     "linear without bias": (lambda: nn.Linear(5, 4, bias=False), (2, 3, 5)),
@@ -36,15 +38,6 @@ CONFIGS = {
     "IA3": (peft.IA3Config, peftc.IA3Config),
     "ADALORA": (peft.AdaLoraConfig, peftc.AdaLoraConfig),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The layers are tiny: threads would cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def supported(method: str, layer: str) -> bool:

@@ -25,18 +25,11 @@ import torch
 from lockstep_models import TRANSFORMERS
 from lockstep_steps import Lockstep, Mismatch, Ours, Patched, Reference, specification
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEQUENCES = int(os.environ.get("PEFTC_SEQUENCES", "600"))
 LENGTH = 10
 PER_TEST = 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: threads would cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def subject_of(seed: int) -> type:

@@ -13,20 +13,12 @@ from torch import nn
 
 import peftc
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 EVERY = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 FEW = [case for case in CASES if "dropout" not in case.name and case.model in ("mlp", "words", "image")]
 SOME = pytest.mark.parametrize("case", FEW, ids=[case.name for case in FEW])
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def equal_values(theirs, ours, name="default"):

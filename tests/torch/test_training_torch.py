@@ -25,6 +25,8 @@ from transformers.integrations.peft import PeftAdapterMixin as TheirMixin
 import peftc
 from peftc.optim import loraplus_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 6
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CONFIGS = {
@@ -35,14 +37,6 @@ CONFIGS = {
     "ia3": (peft.IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 4, "target_modules": TARGETS, "total_step": 50}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama(dtype=torch.float32):
