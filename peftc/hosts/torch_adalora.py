@@ -2,17 +2,18 @@
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _core
-from .torch_layers import AdaptedLayer, number_puts, transposed
+from .torch_layers import AdaptedLayer, number_puts
 from .torch_lora import LoraLayer
 from .torch_lowrank import adapted_linear, add_plain
-from .torch_stamps import ModuleDict, ParameterDict, parameters, puts_of
+from .torch_stamps import ModuleDict, ParameterDict, parameters, put_parameter, puts_of
 
 
 class AdaLoraLayer(LoraLayer):
@@ -46,9 +47,25 @@ class AdaLoraLayer(LoraLayer):
             (*number_puts(layers, name, slots, config), *made),
         )
 
-    @property
-    def fan_in_fan_out(self) -> bool:
-        return transposed(self.get_base_layer())
+    def _scaling_of_config(self, name: str) -> float:
+        alpha = self.lora_alpha[name]
+        return alpha if alpha > 0 else float(self.ranknum[name])
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        """Draw this layer's tensors of an adapter anew, with torch's generator."""
+        if adapter_name in self.lora_A:
+            nn.init.zeros_(self.lora_E[adapter_name])
+            nn.init.normal_(self.lora_A[adapter_name], std=0.02)
+            nn.init.normal_(self.lora_B[adapter_name], std=0.02)
+
+    def resize(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give an adapter these lora_A, lora_B, lora_E, of another rank, in place of its own. ranknum, by which it scales, stays."""
+        for field, values in tensors.items():
+            old = self._modules[field]._parameters[name]
+            made = nn.Parameter(values.to(device=old.device, dtype=old.dtype).clone(), requires_grad=old.requires_grad)
+            put_parameter(self._modules[field], name, made)
+        self.r[name] = len(tensors["lora_E"])
 
     def _scale(self, name: str) -> torch.Tensor:
         return self.scaling[name] / (self.ranknum[name] + 1e-5)

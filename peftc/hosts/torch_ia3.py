@@ -38,6 +38,11 @@ class IA3Layer(AdaptedLayer):
         kind = kind_of(self.get_base_layer())
         return "Linear" if kind == "Conv1D" else kind
 
+    def reset_ia3_parameters(self, adapter_name: str) -> None:
+        """Ones for this layer's vector of an adapter, which then changes nothing."""
+        if adapter_name in self.ia3_l:
+            torch.nn.init.ones_(self.ia3_l[adapter_name])
+
     def _vector(self, name: str) -> torch.Tensor:
         """Shaped to multiply the layer's input or output."""
         vector = self._modules["ia3_l"]._parameters[name]

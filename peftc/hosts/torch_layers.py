@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import _core
 from .torch_stamps import empty, registries_on_demand, stamp, template
+from .torch_tree import kind_of
 
 
 class Switch:
@@ -88,6 +89,8 @@ class AdaptedLayer(nn.Module):
     printed_before = ""
     #: parameters of the base layer that merging replaces
     weight_name, bias_name = "weight", "bias"
+    #: is the input cast to the dtype of an adapter's tensors? PEFT's helper disable_input_dtype_casting turns it off
+    cast_input_dtype_enabled = True
     #: may one of its adapters be in train mode while the layer is not?
     _awake = False
     _peftc: Switch
@@ -226,6 +229,51 @@ class AdaptedLayer(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Is the base weight stored (in, out)?"""
+        return transposed(self.get_base_layer())
+
+    @property
+    def is_target_conv_1d_layer(self) -> bool:
+        return kind_of(self.get_base_layer()) == "Conv1D"
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """May PEFT's `convert_to_lora` make LoRA of an adapter here? As in PEFT, of what LoRA adds to a linear layer."""
+        return False
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let this layer's tensors of these adapters have gradients, or not."""
+        wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for field in self.adapter_layer_names:
+            container: Any = self._modules.get(field)
+            for name in wanted.intersection(_names(container)):
+                container[name].requires_grad_(requires_grad)
+
+    def _models_own(self, call: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"a layer of peftc cannot do that alone: which adapters there are, are active and are merged is the model's "
+            f"state. Call {call} of the model"
+        )
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise self._models_own("set_adapter")
+
+    def enable_adapters(self, *args: Any, **kwargs: Any) -> None:
+        raise self._models_own("enable_adapters or disable_adapters")
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise self._models_own("delete_adapter")
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        raise self._models_own("add_adapter")
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        raise self._models_own("merge_adapter")
+
+    def unmerge(self, *args: Any, **kwargs: Any) -> None:
+        raise self._models_own("unmerge_adapter")
 
     def _live(self) -> list[str]:
         """Adapters that apply to this layer now, in order."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _core
-from .torch_layers import AdaptedLayer, Rows, dropout_module, number_puts, transposed
+from .torch_layers import AdaptedLayer, Rows, dropout_module, number_puts
 from .torch_lowrank import adapted_linear, add_lowrank, add_plain, runs_eagerly
 from .torch_stamps import Linear as PlainLinear
 from .torch_stamps import (
@@ -65,12 +65,16 @@ class LoraLayer(AdaptedLayer):
         }
     )
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "lora_bias", "_initial", "room")
+    other_param_names = (
+        "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "_initial", "room",
+    )  # fmt: skip
 
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     use_dora: dict[str, bool]
+    #: only of adapters that use it: most do not
+    use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
     #: pissa and olora: the factors that the adapter started from; their product is subtracted while it is active
     _initial: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -83,6 +87,8 @@ class LoraLayer(AdaptedLayer):
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, scaling
         self.use_dora[name] = "lora_magnitude_vector" in tensors
         self.lora_bias[name] = "lora_B.bias" in tensors
+        if getattr(config, "use_rslora", False):
+            self.use_rslora[name] = True
         children["lora_dropout"]._modules[name] = dropout_module(config.lora_dropout, self.training, self._peftc)
         self._put_factors(name, tensors)
         if "lora_magnitude_vector" in tensors:
@@ -109,12 +115,63 @@ class LoraLayer(AdaptedLayer):
         return tensor.narrow(RANK_AXIS[field], 0, self.r[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """scaling = scale · alpha / r."""
+        """Scale as often as the config says, times this."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.lora_alpha[adapter] / self.r[adapter]
+            self._put_scaling(adapter, scale * self._scaling_of_config(adapter))
+
+    def _scaling_of_config(self, name: str) -> float:
+        return self.lora_alpha[name] / (self.r[name] ** 0.5 if name in self.use_rslora else self.r[name])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        if scale != 1:
+            for name in self._scaled():
+                self._put_scaling(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None: make it again what the config says."""
+        for name in self._scaled():
+            if scale is None:
+                self.set_scale(name, 1)
+            else:
+                self._put_scaling(name, self.scaling[name] / scale)
+
+    def _scaled(self) -> list[str]:
+        return [name for name in self._peftc.active if name in self.lora_A]
+
+    def _put_scaling(self, name: str, value: Any) -> None:
+        old = self.scaling[name]
+        if isinstance(old, torch.Tensor):  # an adapter that can be swapped without compiling again
+            old.fill_(value)
+        else:
+            self.scaling[name] = value
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Draw this layer's tensors of an adapter anew, with torch's generator: True or "gaussian"; False leaves them."""
+        if init_lora_weights is False:
+            return
+        own = {
+            field: self.own_part(adapter_name, field, getattr(held[adapter_name], "weight", held[adapter_name]))
+            for field in RANK_AXIS
+            if adapter_name in (held := getattr(self, field))
+        }
+        if "lora_A" in own:
+            if init_lora_weights is True:
+                nn.init.kaiming_uniform_(own["lora_A"], a=5**0.5)
+            elif init_lora_weights.lower() == "gaussian":
+                nn.init.normal_(own["lora_A"], std=1 / self.r[adapter_name])
+            else:
+                raise ValueError(f"Unknown initialization {init_lora_weights=}")
+            nn.init.zeros_(own["lora_B"])
+            if self.lora_bias[adapter_name]:
+                nn.init.zeros_(self.lora_B[adapter_name].bias)
+        elif own:
+            nn.init.zeros_(own["lora_embedding_A"])
+            nn.init.normal_(own["lora_embedding_B"])
 
     def _cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return x if x.dtype == dtype else x.to(dtype)
+        return x if x.dtype == dtype or not self.cast_input_dtype_enabled else x.to(dtype)
 
     def _drops(self, name: str) -> bool:
         dropout = self._modules["lora_dropout"]._modules[name]
@@ -217,6 +274,7 @@ class Linear(LoraLayer):
                 *number_puts(layers, name, slots, config),
                 (("use_dora",), name, False),
                 (("lora_bias",), name, False),
+                *([(("use_rslora",), name, True)] if getattr(config, "use_rslora", False) else []),
                 (("_modules", "lora_A", "_modules"), name, a),
                 (("_modules", "lora_B", "_modules"), name, b),
             ),
@@ -230,9 +288,8 @@ class Linear(LoraLayer):
             parameter(tensors["lora_B"]), None if bias is None else parameter(bias), self.training
         )
 
-    @property
-    def fan_in_fan_out(self) -> bool:
-        return transposed(self.get_base_layer())
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
 
     def _product(self, adapter: str) -> torch.Tensor:
         product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight

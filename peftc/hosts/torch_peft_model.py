@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Union
 
@@ -162,6 +162,16 @@ class PeftModel(nn.Module):
         return self.base_model.active_adapters
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """False while adapters are disabled that would be active."""
+        registry = attachment(self.base_model.model).registry
+        return registry.enabled or not registry.active()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """May PEFT's `convert_to_lora` make LoRA of the adapters?"""
+        return self.base_model.supports_lora_conversion()
+
+    @property
     def active_peft_config(self) -> Any:
         """The config of `active_adapter`."""
         return self.peft_config[self.active_adapter]
@@ -241,8 +251,21 @@ class PeftModel(nn.Module):
 
     # ----------------------------------------------------------------- adapters
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool | None = None,
+    ) -> None:
         """Make a fresh adapter of the same method. It is not active: `set_adapter` makes it so.
+
+        Args:
+            adapter_name: a new name.
+            peft_config: a config of the method that the model has.
+            low_cpu_mem_usage: without effect.
+            autocast_adapter_dtype: float32 tensors in a half-precision model; None: if the PEFT that is installed does so
+                (0.17 does not, 0.21 does).
 
         Raises:
             ValueError: another method; the name is taken or has a dot; what `peftc.get_peft_model` refuses.
@@ -258,6 +281,8 @@ class PeftModel(nn.Module):
             if hasattr(peft_config, "modules_to_save"):
                 peft_config.modules_to_save = before
             raise
+        if torch_peft_save.version_of_peft() >= (0, 21) if autocast_adapter_dtype is None else autocast_adapter_dtype:
+            self._to_float32(name)
 
     def _check_method(self, config: Any) -> None:
         mine, other = (_prepare.method_of(one) for one in (self, config))
@@ -266,16 +291,22 @@ class PeftModel(nn.Module):
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}."
             )
 
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make one adapter the active one, and trainable; all others become inactive. `base_model.set_adapter` takes several.
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter the active one, and trainable unless inference_mode; all others become inactive.
+
+        `base_model.set_adapter` takes several.
 
         Raises:
             ValueError: an unknown name.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} not found.")
-        self.base_model.set_adapter(adapter_name)
+        self.base_model.set_adapter(adapter_name, inference_mode)
         self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the tensors of these adapters, active or not, have gradients, or not. Unknown names are passed over."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and free its memory. If it was the only active one, the first of the others by name takes over.

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -79,17 +80,18 @@ def save(
 def name_of(base: Any) -> str | None:
     """What a config has as its base model's name. "" is what Transformers calls a model that was made from a config."""
     name: str | None = base.__dict__.get("name_or_path", None)
-    return name if name or _keeps_no_name() else None
+    # PEFT 0.17 writes "" into a config, PEFT 0.21 null; peftc writes what the one that is installed would.
+    return name if name or (0,) < version_of_peft() < (0, 21) else None
 
 
 @functools.cache
-def _keeps_no_name() -> bool:
-    """PEFT 0.17 writes "" into a config, PEFT 0.21 null; peftc writes what the one that is installed would."""
+def version_of_peft() -> tuple[int, ...]:
+    """(major, minor) of the PEFT that is installed; () without one."""
     try:
         major, minor, *_ = metadata.version("peft").split(".")
     except metadata.PackageNotFoundError:
-        return False
-    return (int(major), int(minor)) < (0, 21)
+        return ()
+    return int(major), int(minor)
 
 
 def _check(attached: Any, name: str, config: Any) -> None:
@@ -143,14 +145,23 @@ def _as_difference(state: dict[str, torch.Tensor], config: Any, initial: str) ->
     file = AdapterFiles(initial).weights()
     named = {key if key.startswith(PREFIX) else PREFIX + key: key for key in torch_files.names_in(file)}
     values = torch_files.read(file, named.values())
+    return difference(state, {key: values[stored] for key, stored in named.items()}, file)
+
+
+def difference(state: Mapping[str, Any], first: Mapping[str, Any], origin: str) -> dict[str, torch.Tensor]:
+    """The LoRA adapter of twice the rank that adds B A − B₀ A₀, from one that is trained and what it was at first.
+
+    Raises:
+        ValueError: `first`, which `origin` says where it is from, lacks a tensor.
+    """
     result = {}
     for key, tensor in state.items():
         if ".lora_A" not in key and ".lora_B" not in key:
             continue
-        if key not in named:
-            raise ValueError(f"{file} has no tensor {key}: it is not where this adapter started")
-        first = values[named[key]].to(tensor)
-        result[key] = torch.cat([tensor, first], dim=0) if ".lora_A" in key else torch.cat([tensor, -first], dim=1)
+        if key not in first:
+            raise ValueError(f"{origin} has no tensor {key}: it is not where this adapter started")
+        start = first[key].to(tensor)
+        result[key] = torch.cat([tensor, start], dim=0) if ".lora_A" in key else torch.cat([tensor, -start], dim=1)
     return result
 
 

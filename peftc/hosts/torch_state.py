@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .. import _prepare
+from .._adalora import PARAMETERS
 from .torch_inject import attachment, has_adapters, prefix_of
-from .torch_stamps import put_parameter
 from .torch_tree import walk
 from .torch_wrappers import unwrap
 
@@ -189,11 +189,7 @@ def _resize(registry: Any, name: str, values: dict[str, torch.Tensor]) -> bool:
         stored = values.get(f"{path}.lora_E")
         if stored is None or stored.shape == layer.lora_E[name].shape:
             continue
-        for field in ("lora_E", "lora_A", "lora_B"):
-            old, new = layer._modules[field]._parameters[name], values[f"{path}.{field}"]
-            made = nn.Parameter(new.to(device=old.device, dtype=old.dtype).clone(), requires_grad=old.requires_grad)
-            put_parameter(layer._modules[field], name, made)
-        layer.r[name] = stored.shape[0]
+        layer.resize(name, {field: values[f"{path}.{field}"] for field in PARAMETERS})
         resized = True
     return resized
 

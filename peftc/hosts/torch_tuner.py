@@ -3,15 +3,19 @@
 PEFT calls these LoraModel, IA3Model and AdaLoraModel; once it is imported, isinstance says so of ours.
 """
 
+import dataclasses
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import _prepare
+from .._adalora import PARAMETERS
 from .._attachment import Attachment
 from ..mixin import PeftAdapterMixin
 from . import torch_mixed
@@ -57,6 +61,39 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dict; of a model without one, what PEFT takes in its place."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else config  # type: ignore[no-any-return]  # any model's
+
+    def get_peft_config_as_dict(self, inference: bool = False) -> dict[str, Any]:
+        """The fields of the config of the adapter that came last; inference: with inference_mode=True."""
+        fields: dict[str, Any] = {}
+        for config in list(self.peft_config.values())[-1:]:
+            values = dataclasses.asdict(config)
+            fields = {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
+            if inference:
+                fields["inference_mode"] = True
+        return fields
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Names of the modules that adapters adapt, those of the first adapter first."""
+        registry = self._registry
+        return list(dict.fromkeys(path for name in registry.names() for path in registry.adapted_modules(name)))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """May PEFT's `convert_to_lora` make LoRA of the adapters?"""
+        registry = self._registry
+        layers = [layer for name in registry.names() for _, layer in registry.adapted_layers(name)]
+        return all(layer.supports_lora_conversion() for layer in layers)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of parameters that adapters adapt: none. Adapters with target_parameters are made by PEFT."""
+        return []
+
     # ---------------------------------------------------------------- adapters
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -82,8 +119,8 @@ class Tuner(nn.Module):
         names = self._registry.active()
         return names[0] if len(names) == 1 else names
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make one adapter active, or several in the order of the list, and trainable.
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several in the order of the list, and trainable unless inference_mode.
 
         Raises:
             ValueError: an unknown name; two adapters that replace the same module.
@@ -94,7 +131,15 @@ class Tuner(nn.Module):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
         registry.activate(names)
         for name in names:
-            registry.set_trainable(name, True)
+            registry.set_trainable(name, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the tensors of these adapters, active or not, have gradients, or not. Unknown names are passed over."""
+        wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        registry = self._registry
+        for name in registry.names():
+            if name in wanted:
+                registry.set_trainable(name, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters apply again, and make them trainable."""
@@ -298,6 +343,27 @@ class LoraModel(Tuner):
             pruning={"density": density, "majority_sign_method": majority_sign_method},
         )
 
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, torch.Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """The LoRA adapter of twice the rank that does to the unchanged base model what a pissa or olora adapter has learned.
+
+        Args:
+            output_state_dict: the adapter's state dict, under a `PeftModel`'s names.
+            adapter_name: an adapter of this model with the values that it had before training.
+            kwargs: a dict whose state_dict is taken for that of this model.
+
+        Raises:
+            ValueError: adapter_name lacks a tensor of output_state_dict.
+        """
+        from .torch_peft_save import difference
+        from .torch_state import get_state
+
+        first = get_state(self, (kwargs or {}).get("state_dict"), adapter_name, False, "auto")
+        return difference(
+            output_state_dict, {f"base_model.{key}": tensor for key, tensor in first.items()}, f"adapter {adapter_name}"
+        )
+
 
 class AdaLoraModel(LoraModel):
     """A model with AdaLora. The loss of a task's model has the penalty on A and B that are not orthogonal in it."""
@@ -317,8 +383,65 @@ class AdaLoraModel(LoraModel):
         """The adapter that is being trained, of which there is one at most."""
         return next((name for name, config in self.peft_config.items() if not config.inference_mode), None)
 
+    def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
+        """Drop the triplets that a rank pattern leaves out from an adapter's tensors. All modules, or none.
+
+        Args:
+            rank_pattern: name of a module's lora_E, with or without the adapter's after it → which triplets to keep,
+                a list or a tensor of bool.
+
+        Raises:
+            ValueError: what keeps a module's triplets is neither; it is of another length; no module of that name.
+        """
+        layers = dict(self._registry.adapted_layers(adapter_name))
+        plan: list[tuple[Any, dict[str, torch.Tensor]]] = []
+        for key, kept in rank_pattern.items():
+            if not isinstance(kept, (list, torch.Tensor)):
+                raise ValueError("Unexpected type of rank_idx")
+            path, mask = _module_of(key, adapter_name), torch.as_tensor(kept).view(-1).bool()
+            if path not in layers:
+                raise ValueError(f"rank_pattern has {key}, and adapter {adapter_name} adapts no module {path}")
+            held = {field: getattr(layers[path], field)[adapter_name].detach() for field in PARAMETERS}
+            if len(mask) != len(held["lora_E"]):
+                raise ValueError(
+                    f"rank_pattern of {key} is for {len(mask)} triplets, of which there are {len(held['lora_E'])}"
+                )
+            mask = mask.to(held["lora_E"].device)
+            plan.append((layers[path], {field: _kept(field, tensor, mask) for field, tensor in held.items()}))
+        for layer, tensors in plan:
+            layer.resize(adapter_name, tensors)
+        attachment(self.model).allocators.pop(adapter_name, None)  # it knows the ranks that were
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: Mapping[str, Any], state_dict: dict[str, torch.Tensor], adapter_name: str
+    ) -> dict[str, torch.Tensor]:
+        """Drop the triplets that a rank pattern leaves out from a `PeftModel`'s state dict, in place.
+
+        Raises:
+            KeyError: state_dict lacks a module of the pattern. It is not changed then.
+        """
+        resized: dict[str, torch.Tensor] = {}
+        for key, kept in rank_pattern.items():
+            mask = torch.as_tensor(kept).view(-1).bool()
+            for field in PARAMETERS:
+                name = f"base_model.model.{_module_of(key, adapter_name)}.{field}.{adapter_name}"
+                tensor = state_dict[name]
+                if tensor.shape[field == "lora_B"] != int(mask.sum()):
+                    resized[name] = _kept(field, tensor, mask.to(tensor.device))
+        state_dict.update(resized)
+        return state_dict
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # has none
         raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter method.")
+
+
+def _module_of(key: str, adapter: str) -> str:
+    """The module of a rank pattern's key: "encoder.fc.lora_E", or "encoder.fc.lora_E.default"."""
+    return key.removesuffix(f".{adapter}").removesuffix(".lora_E")
+
+
+def _kept(field: str, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return tensor[:, mask] if field == "lora_B" else tensor[mask]
 
 
 class IA3Model(Tuner):
