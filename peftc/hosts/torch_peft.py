@@ -26,7 +26,13 @@ _NO_CODE = (
     (ValueError, re.compile(r"^Target module .* is not supported\. Currently")),
 )
 
-_NO_MATCH = "Target modules "  # … not found in the base model
+#: How errors begin that say that an adapter would adapt nothing.
+_NO_MATCH = (
+    "Target modules ",  # … not found in the base model
+    "All modules were excluded.",
+    "No `target_modules` passed",
+    "No modules were targeted",
+)
 
 #: Options of LoRA that change the base model for good when PEFT handles them: deleting could not undo it.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")

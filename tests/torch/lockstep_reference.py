@@ -53,6 +53,22 @@ def _heads_follow():
 
 
 @contextlib.contextmanager
+def _heads_go():
+    """Difference: several adapters may be active while one that replaces a module is deleted; PEFT 0.21 raises halfway."""
+    original = ModulesToSaveWrapper.delete_adapter
+
+    def delete_adapter(wrapper, adapter_name, new_active_adapters):
+        heirs = [heir for heir in new_active_adapters or () if heir in wrapper._adapters and heir != adapter_name]
+        original(wrapper, adapter_name, heirs)
+
+    ModulesToSaveWrapper.delete_adapter = delete_adapter
+    try:
+        yield
+    finally:
+        ModulesToSaveWrapper.delete_adapter = original
+
+
+@contextlib.contextmanager
 def _conflicts_are_real():
     """Difference: a second adapter with biases is refused if there is a first one with biases, not if there is any
     other; AdaLora is refused beside a trainable adapter if it is trainable itself."""
@@ -208,12 +224,15 @@ class Reference:
     def load(self, folder, name, **options) -> None:
         """Difference: low_cpu_mem_usage changes nothing but memory."""
         options.pop("low_cpu_mem_usage", None)
-        before = self._begin()
+        before, tied = self._begin(), self._tied()
         trainable = {}
         if isinstance(self.model, PreTrainedModel) and V5 and options.get("peft_config") is not None:
             trainable = {"is_trainable": not options["peft_config"].inference_mode}
         with _heads_follow(), _conflicts_are_real(), _gathered() as texts:
             info = self.model.load_adapter(folder, name, **trainable, **options)
+        for module in tied:  # difference: Transformers 5 puts a new parameter in its place, which is not tied any more
+            tied[module].data = module.weight.data
+            module.weight = tied[module]
         name = "default" if name is None else name
         if info is None:
             self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
@@ -234,6 +253,19 @@ class Reference:
         else:
             self.awake.add(name)
         self._adopt(name, config, before)
+
+    def _tied(self) -> dict[nn.Module, nn.Parameter]:
+        """The embeddings at both ends of the model with their weight, if that is one for both."""
+        ends = []
+        model = self.model
+        for end in (
+            (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else ()
+        ):
+            while (inner := getattr(end, "base_layer", None) or getattr(end, "original_module", None)) is not None:
+                end = inner
+            ends.append(end)
+        tied = len(ends) == 2 and None not in ends and ends[0].weight is ends[1].weight
+        return {end: end.weight for end in ends} if tied else {}
 
     def _log_missing(self, name, state, text) -> None:
         """Difference: what a state dict lacks of an IA3 or LoHa adapter is logged, too."""
@@ -289,7 +321,8 @@ class Reference:
         self._begin()
         self._follow_magnitudes()
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self.model.delete_adapter(names)
+        with _heads_go():
+            self.model.delete_adapter(names)
         for parameter, flag in flags:  # difference: the flags of what stays active stay
             parameter.requires_grad = flag
         gone = [names] if isinstance(names, str) else list(names)
@@ -341,6 +374,10 @@ class Reference:
             plain_key(f"{path}.base_layer.weight") for path, module in self.model.named_modules() if module in adapted
         }
         state = {key: value for key, value in state.items() if not key.endswith("base_layer.weight") or key in mine}
+
+        if getattr(self.model.peft_config[name], "bias", "none") == "lora_only":
+            # Difference: PEFT 0.21 saves the biases of all layers with LoRA, whichever adapters those have.
+            state = {key: value for key, value in state.items() if key.rpartition(".")[2] != "bias" or ".lora_" in key}
 
         def own_key(key):
             """Difference: `base_layer` is where this adapter wraps a layer, not where any other does."""

@@ -422,3 +422,24 @@ def test_conversion_to_lora(dora):
         assert ours.has_active_enabled_adapter is theirs.has_active_enabled_adapter is True
         with ours.disable_adapter(), theirs.disable_adapter():
             assert ours.has_active_enabled_adapter is theirs.has_active_enabled_adapter is False
+
+
+@pytest.mark.parametrize("fields", [
+    {"target_modules": ["lin7"]},
+    {"target_modules": "lin7"},
+    {"target_modules": []},
+    {"target_modules": ["lin0"], "exclude_modules": ["lin0"]},
+    {"target_modules": ["lin0", "lin7"], "exclude_modules": ["lin0"]},
+    {"target_modules": ["lin0"], "exclude_modules": "lin.*"},
+])  # fmt: skip
+def test_what_would_adapt_nothing(fields):
+    """Errors are of PEFT's class for it, where PEFT has one."""
+    for call in ("get_peft_model", "inject_adapter_in_model"):
+        errors = []
+        for library in (peft, peftc):
+            arguments = (MLP(), library.LoraConfig(**fields))
+            with pytest.raises(ValueError, match="odules") as info:
+                getattr(library, call)(*(arguments if call == "get_peft_model" else arguments[::-1]))
+            errors.append(info)
+        assert errors[0].type is errors[1].type
+        assert str(errors[0].value) == str(errors[1].value)
