@@ -76,8 +76,9 @@ def run(sides, rounds, adapters, folder):
     for i in range(adapters):
         for side in sides:
             if i == 20:
-                side.take("load_adapter, 20th", lambda s=side: s.model.load_adapter(folder, "loaded"))
-                side.model.delete_adapter("loaded")
+                for _ in range(3):
+                    side.take("load_adapter, 20th", lambda s=side: s.model.load_adapter(folder, "loaded"))
+                    side.model.delete_adapter("loaded")
             call = lambda s=side, n=f"a{i}": s.model.add_adapter(lora(), n)
             if i >= adapters - 3:
                 side.take("add_adapter, last", call)
@@ -91,9 +92,39 @@ def run(sides, rounds, adapters, folder):
             side.take("disable_adapters", model.disable_adapters)
             side.take("enable_adapters", model.enable_adapters)
             side.take("get_adapter_state_dict", lambda m=model: m.get_adapter_state_dict("a1"))
+    for side in sides:
+        in_a_row(side, last)
     for turn in range(3):
         for side in sides:
             side.take("delete_adapter", lambda m=side.model, t=turn: m.delete_adapter(f"a{last - t}"))
+
+
+def in_a_row(side, last, count=10):
+    """Switching again and again, as a server does that has other work of its own kind only: no garbage collection between
+    the calls, which would take what they need out of the CPU's caches."""
+    gc.collect()
+    for what, call in (
+        ("set_adapter, ten in a row", lambda turn: side.model.set_adapter(f"a{turn % last}")),
+        (
+            "disable_adapters and enable_adapters, likewise",
+            lambda turn: (side.model.disable_adapters(), side.model.enable_adapters()),
+        ),
+    ):
+        call(count)
+        begin = time.perf_counter()
+        for turn in range(count):
+            call(turn)
+        side.times.setdefault(what, []).append((time.perf_counter() - begin) / count)
+
+
+def per_token(model, ids, tokens=5):
+    """Seconds of a forward pass of one token, the best of some in a row, as when text is generated."""
+    taken = []
+    for _ in range(tokens):
+        begin = time.perf_counter()
+        model(ids, use_cache=False)
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
 
 
 def layer_cost(sides, base, rounds):
@@ -107,13 +138,13 @@ def layer_cost(sides, base, rounds):
     plain = copy.deepcopy(base).eval()
     with torch.no_grad():
         for _ in range(rounds):
-            floor = timed(lambda: plain(ids, use_cache=False))
+            floor = per_token(plain, ids)
             for side in sides:
                 side.model.enable_adapters()
-                active = timed(lambda s=side: s.model(ids, use_cache=False))
+                active = per_token(side.model, ids)
                 side.times.setdefault("1 token, per adapted layer", []).append((active - floor) / side.layers)
                 side.model.disable_adapters()
-                disabled = timed(lambda s=side: s.model(ids, use_cache=False))
+                disabled = per_token(side.model, ids)
                 side.times.setdefault("1 token, per disabled layer", []).append((disabled - floor) / side.layers)
 
 
@@ -122,7 +153,7 @@ def main():
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="8 layers, 10 adapters")
+    parser.add_argument("--quick", action="store_true", help="8 layers, 22 adapters")
     options = parser.parse_args()
     if options.quick:
         options.layers, options.adapters = 8, 22
@@ -151,11 +182,11 @@ def main():
         run(sides, 3, options.adapters, folder)
     layer_cost(sides, base, 60)
     print(f"{targets} linear layers, r=16, {options.adapters} adapters, {options.threads} threads; medians")
-    print(f"{'':34}{'PEFT':>12}{'peftc':>12}{'ratio':>10}")
+    print(f"{'':48}{'PEFT':>12}{'peftc':>12}{'ratio':>10}")
     for what in sides[0].times:
         theirs, mine = (statistics.median(side.times[what]) for side in sides)
         ratio = f"{theirs / mine:9.1f}x" if mine > 0 else "        -"
-        print(f"{what:34}{theirs * 1e3:9.3f} ms{mine * 1e3:9.3f} ms{ratio}")
+        print(f"{what:48}{theirs * 1e3:9.3f} ms{mine * 1e3:9.3f} ms{ratio}")
 
 
 if __name__ == "__main__":

@@ -215,6 +215,10 @@ def lowrank_adder(
     """Functions (layer, x, y, live) → y + Σ scaling · B(A(x)), and (layer, x, live) → base(x) + …; each gives None where
     torch's own operations are needed."""
 
+def direct_calls(cls: type, watch: _Watch, answer: Callable[[Any, Any, tuple[str, ...]], Any] | None, /) -> None:
+    """Let calls of the class's instances skip nn.Module.__call__ and `forward` where nothing would be between them: to the
+    base layer if no adapter is active, else to answer(layer, x, live) unless that is None."""
+
 def lowrank_node(
     watch: _Watch,
     grad_enabled: Callable[[], bool],

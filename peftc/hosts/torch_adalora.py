@@ -20,6 +20,7 @@ class AdaLoraLayer(LoraLayer):
     """AdaLora on nn.Linear and on GPT-2's Conv1D; every tensor is a parameter of a ParameterDict, as in PEFT."""
 
     method = "ADALORA"
+    _direct = adapted_linear
     printed_before = "adalora."
 
     def _get_name(self) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from .. import _core
 from .torch_stamps import empty, registries_on_demand, stamp, template
 from .torch_tree import kind_of
+from .torch_watch import CALLS
 
 
 class Switch:
@@ -93,6 +94,8 @@ class AdaptedLayer(nn.Module):
     cast_input_dtype_enabled = True
     #: may one of its adapters be in train mode while the layer is not?
     _awake = False
+    #: (layer, x, live) → what `forward` would answer, or None; a function in C, which calls of layers go to at once
+    _direct: Any = None
     _peftc: Switch
     _peftc_inner = "base_layer"  # see torch_wrappers
 
@@ -103,6 +106,7 @@ class AdaptedLayer(nn.Module):
     @classmethod
     def around(cls, bases: Sequence[nn.Module], switch: Switch) -> list[Any]:
         """Layers without adapters around `bases`."""
+        _core.direct_calls(cls, CALLS, cls._direct)
         by_mode = [template((cls, mode), lambda m=mode: cls._template(m)) for mode in (False, True)]
         layers = _core.trees_like([by_mode[base.training] for base in bases])
         _core.put_items(layers, ((("_modules",), "base_layer", list(bases)), ((), "_peftc", switch)))

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, Rows, dropout_module, number_puts
-from .torch_lowrank import adapted_linear, add_lowrank, add_plain, runs_eagerly
+from .torch_lowrank import adapted_linear, add_lowrank, add_plain
 from .torch_stamps import Linear as PlainLinear
 from .torch_stamps import (
     ModuleDict,
@@ -30,6 +30,7 @@ from .torch_stamps import (
     put_parameter,
     stamp,
 )
+from .torch_watch import runs_eagerly
 
 #: Which axis of a factor is its rank.
 RANK_AXIS = types.MappingProxyType({"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1})
@@ -259,6 +260,8 @@ def _product_by_calls(a: Any, b: Any, x: torch.Tensor) -> torch.Tensor:
 
 class Linear(LoraLayer):
     """LoRA on nn.Linear and on GPT-2's Conv1D: y = base(x) + scaling · B A dropout(x)."""
+
+    _direct = adapted_linear
 
     @classmethod
     def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:

@@ -11,47 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as hooks
 
 from .. import _core
 from .torch_stamps import Linear
-
-_C: Any = torch._C
+from .torch_watch import OPERATIONS, runs_eagerly
 
 #: (A module, B module, dropout module, scaling, adapter name) of each adapter that applies
 Term = tuple[Any, Any, Any, float, str]
-
-
-#: asked of whoever may watch or rewrite the operations of this thread: None, 0 or False if it does not
-_WATCHERS = (
-    _C._len_torch_function_stack,
-    _C._len_torch_dispatch_stack,
-    _C._is_any_autocast_enabled,
-    _C._functorch.peek_interpreter_stack,
-    _C._get_tracing_state,
-)
-
-#: hooks on all modules
-_REGISTRIES = (
-    hooks._global_forward_hooks,
-    hooks._global_forward_pre_hooks,
-    hooks._global_backward_hooks,
-    hooks._global_backward_pre_hooks,
-)
-
-#: for the functions in C, which ask the same as `runs_eagerly`
-_WATCH = (_WATCHERS, _REGISTRIES, forward_ad.__dict__)
-
-
-def runs_eagerly() -> bool:
-    """Does nothing watch or rewrite the operations of this thread?"""
-    return not (
-        torch.compiler.is_compiling()
-        or any(watcher() for watcher in _WATCHERS)
-        or any(_REGISTRIES)
-        or forward_ad._current_level >= 0
-    )
 
 
 def _untouched(module: Any) -> bool:
@@ -150,7 +116,7 @@ def _derivatives(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 
 _forward, _backward = _core.lowrank_node(
-    _WATCH,
+    OPERATIONS,
     torch.is_grad_enabled,
     nn.functional.linear,
     torch.matmul,
@@ -216,7 +182,7 @@ add_plain, adapted_linear = _core.lowrank_adder(
     nn.Identity,
     nn.Dropout,
     nn.Linear,
-    _WATCH,
+    OPERATIONS,
     torch.is_grad_enabled,
     torch.empty_like,
     nn.functional.linear,

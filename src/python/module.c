@@ -111,6 +111,7 @@ static int (*const parts[])(PyObject *module, peftc_state *state) = {
     peftc_add_torch_places,
     peftc_add_torch_forward,
     peftc_add_torch_node,
+    peftc_add_torch_call,
 };
 
 static int exec_module(PyObject *module)
