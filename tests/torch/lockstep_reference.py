@@ -377,7 +377,10 @@ class Reference:
 
         if getattr(self.model.peft_config[name], "bias", "none") == "lora_only":
             # Difference: PEFT 0.21 saves the biases of all layers with LoRA, whichever adapters those have.
-            state = {key: value for key, value in state.items() if key.rpartition(".")[2] != "bias" or ".lora_" in key}
+            layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, LoraLayer)]
+            foreign = {plain_key(f"{path}.base_layer.bias") for path, module in layers if module not in adapted}
+            foreign |= {key.replace(".base_layer.", ".") for key in foreign}
+            state = {key: value for key, value in state.items() if key not in foreign}
 
         def own_key(key):
             """Difference: `base_layer` is where this adapter wraps a layer, not where any other does."""
