@@ -256,18 +256,19 @@ static pc_status read_converted(loader *l, pc_error *err)
 /* A file smaller than this is read before another thread has woken up. */
 #define SHARED_READ_BYTES ((uint64_t)2 << 20)
 
-/* Memory to read into is made ready in steps of this size. */
-#define POPULATE_BYTES ((size_t)1 << 20)
+/* Memory to read into is made ready in steps of this size, each in a call of its own: while the kernel is at one, another
+ * thread that maps memory, as Python does for its objects, waits. */
+#define POPULATE_BYTES ((size_t)64 << 10)
 /* From here on the pages are huge ones, which are better made just before they are filled: they are in the cache then. */
 #define POPULATE_MOST ((size_t)64 << 20)
 
 static void populate(void *ctx, int64_t begin, int64_t end)
 {
     const pc_arena *arena = ctx;
-    size_t from = (size_t)begin * POPULATE_BYTES, to = (size_t)end * POPULATE_BYTES;
-    if (to > pc_arena_size(arena))
-        to = pc_arena_size(arena);
-    pc_block_populate((char *)pc_arena_data(arena) + from, to - from);
+    for (int64_t step = begin; step < end; step++) {
+        const size_t from = (size_t)step * POPULATE_BYTES, left = pc_arena_size(arena) - from;
+        pc_block_populate((char *)pc_arena_data(arena) + from, left < POPULATE_BYTES ? left : POPULATE_BYTES);
+    }
 }
 
 static pc_status read_tensors(loader *l, pc_error *err)
@@ -279,7 +280,7 @@ static pc_status read_tensors(loader *l, pc_error *err)
     bool shared = l->source->concurrent && bytes >= SHARED_READ_BYTES;
     pc_arena *arena = l->adapter->arena;
     if (bytes >= SHARED_READ_BYTES && pc_arena_size(arena) < POPULATE_MOST)
-        pc_parallel_for(l->rt, (int64_t)((pc_arena_size(arena) + POPULATE_BYTES - 1) / POPULATE_BYTES), 1, populate, arena);
+        pc_parallel_for(l->rt, (int64_t)((pc_arena_size(arena) + POPULATE_BYTES - 1) / POPULATE_BYTES), 16, populate, arena);
     pc_parallel_for(shared ? l->rt : NULL, (int64_t)l->source->count, 1, read_straight, &s);
     return s.status == PC_OK ? read_converted(l, err) : s.status;
 }
