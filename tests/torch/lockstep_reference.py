@@ -224,19 +224,25 @@ class Reference:
     def load(self, folder, name, **options) -> None:
         """Difference: low_cpu_mem_usage changes nothing but memory."""
         options.pop("low_cpu_mem_usage", None)
-        before, tied = self._begin(), self._tied()
+        before, ends = self._begin(), self._ends()
         trainable = {}
         if isinstance(self.model, PreTrainedModel) and V5 and options.get("peft_config") is not None:
             trainable = {"is_trainable": not options["peft_config"].inference_mode}
         with _heads_follow(), _conflicts_are_real(), _gathered() as texts:
             info = self.model.load_adapter(folder, name, **trainable, **options)
-        for module in tied:  # difference: Transformers 5 puts a new parameter in its place, which is not tied any more
-            tied[module].data = module.weight.data
-            module.weight = tied[module]
+        for module, weight in ends.items():
+            if module.weight is not weight:
+                # Difference: Transformers 5 puts a new parameter in its place, which is not tied any more, and is
+                # trained with an adapter that is loaded to be trained.
+                weight.data = module.weight.data
+                module.weight = weight
         name = "default" if name is None else name
         if info is None:
             self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
         else:
+            lost = sorted(key for key in info.missing_keys if f".modules_to_save.{name}." in key)
+            if lost:  # difference: Transformers 5 goes on with a copy of the base's head
+                raise KeyError(lost[0].replace(f".modules_to_save.{name}", ""))
             self._load_magnitudes(name, folder, options.get("adapter_state_dict"), info)
             self._log_report(name, folder, info)
         config = self.model.peft_config[name]
@@ -254,18 +260,17 @@ class Reference:
             self.awake.add(name)
         self._adopt(name, config, before)
 
-    def _tied(self) -> dict[nn.Module, nn.Parameter]:
-        """The embeddings at both ends of the model with their weight, if that is one for both."""
-        ends = []
-        model = self.model
+    def _ends(self) -> dict[nn.Module, nn.Parameter]:
+        """The embeddings at both ends of a model of Transformers, with their weights."""
+        model, ends = self.model, {}
         for end in (
             (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else ()
         ):
             while (inner := getattr(end, "base_layer", None) or getattr(end, "original_module", None)) is not None:
                 end = inner
-            ends.append(end)
-        tied = len(ends) == 2 and None not in ends and ends[0].weight is ends[1].weight
-        return {end: end.weight for end in ends} if tied else {}
+            if end is not None:
+                ends[end] = end.weight
+        return ends
 
     def _log_missing(self, name, state, text) -> None:
         """Difference: what a state dict lacks of an IA3 or LoHa adapter is logged, too."""
