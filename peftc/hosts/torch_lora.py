@@ -34,6 +34,8 @@ from .torch_watch import runs_eagerly
 
 #: Which axis of a factor is its rank.
 RANK_AXIS = types.MappingProxyType({"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1})
+#: What of a state dict of the model has the factors that pissa and olora started from, as the core calls them.
+_INITIAL = ("lora_initial_A", "lora_initial_B")
 
 
 class Magnitude(nn.Module):
@@ -109,6 +111,52 @@ class LoraLayer(AdaptedLayer):
             initial[name] = (fn(a), fn(b))
         return self
 
+    # What pissa and olora started from has to go with the base weights, which they leave as they were. PEFT's state dicts
+    # have the weights that are left of those instead: with them nothing is to be subtracted.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, factors in self.__dict__.get("_initial", {}).items():
+            for field, tensor in zip(_INITIAL, factors, strict=True):
+                destination[f"{prefix}{field}.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        initial = self.__dict__.get("_initial")
+        for name in self.adapters() if initial is not None else ():
+            keys = [f"{prefix}{field}.{name}" for field in _INITIAL]
+            given = [state_dict[key] for key in keys if key in state_dict]
+            unexpected_keys[:] = [key for key in unexpected_keys if key not in keys]
+            held = list(self._factors(name).values())
+            if [one.shape for one in given] == [one.shape for one in held]:
+                initial[name] = tuple(one.detach().to(own, copy=True) for one, own in zip(given, held, strict=True))
+            elif given:
+                error_msgs.append(f"{', '.join(keys)}: both are needed, of the shapes of {name}'s factors.")
+            elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict) and any(
+                key.startswith(f"{prefix}{field}.{name}") for field in RANK_AXIS for key in state_dict
+            ):
+                initial.pop(name, None)
+
+    def _factors(self, name: str) -> dict[str, torch.Tensor]:
+        """An adapter's lora_A and lora_B, or those of an embedding, without the room that there may be."""
+        found = {}
+        for field in RANK_AXIS:
+            held: Any = self._modules.get(field)
+            if held is not None and name in held:
+                found[field] = self.own_part(name, field, getattr(held[name], "weight", held[name]))
+        return found
+
     def own_part(self, name: str, field: str, tensor: Any) -> Any:
         room = self.__dict__.get("room")  # AdaLora's layers have none
         if not room or name not in room or field not in RANK_AXIS or tensor.dim() < 2:  # a bias has no rank
@@ -152,11 +200,7 @@ class LoraLayer(AdaptedLayer):
         """Draw this layer's tensors of an adapter anew, with torch's generator: True or "gaussian"; False leaves them."""
         if init_lora_weights is False:
             return
-        own = {
-            field: self.own_part(adapter_name, field, getattr(held[adapter_name], "weight", held[adapter_name]))
-            for field in RANK_AXIS
-            if adapter_name in (held := getattr(self, field))
-        }
+        own = self._factors(adapter_name)
         if "lora_A" in own:
             if init_lora_weights is True:
                 nn.init.kaiming_uniform_(own["lora_A"], a=5**0.5)

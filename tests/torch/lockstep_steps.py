@@ -736,7 +736,8 @@ class Lockstep:
                     "dtypes": {path: p.dtype for path, p in side.model.named_parameters()},
                     "requires_grad": {path: p.requires_grad for path, p in side.model.named_parameters()},
                     "buffers": [path for path, _ in side.model.named_buffers()],
-                    "keys of state_dict()": list(side.model.state_dict()),
+                    # difference: what pissa and olora started from is there, too
+                    "keys of state_dict()": [key for key in side.model.state_dict() if ".lora_initial_" not in key],
                     "BaseTunerLayer": [path for path, m in modules.items() if isinstance(m, BaseTunerLayer)],
                     "ModulesToSaveWrapper": [
                         path for path, m in modules.items() if isinstance(m, ModulesToSaveWrapper)
