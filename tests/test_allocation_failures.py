@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,191 @@ def test_a_step_of_training(model: Model, names: list[str]) -> None:
         return [p.data.tobytes() for p in parameters]
 
     assert each_failure(step, weights, optimizer.zero_grad) > 10
+
+
+# ------------------------------------------------------- filled while something else is done
+
+
+class Wide(nn.Module):
+    """So many and so large layers that an adapter with wait=False is filled in another thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(20):
+            setattr(self, f"fc{i}", nn.Linear(96, 96))
+        self.eval()
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        for i in range(20):
+            x = getattr(self, f"fc{i}")(x)
+        return x
+
+
+WIDE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa, iterations": {"init_lora_weights": "pissa_niter_1"},
+}
+
+
+def wide(name: str) -> str:
+    config = {"peft_type": "LORA", "r": 40, "target_modules": "fc.*", **WIDE[name]}
+    return json.dumps(config)
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = _core.get_num_threads()
+    _core.set_num_threads(2)
+    yield
+    _core.set_num_threads(before)
+
+
+@pytest.fixture
+def wide_model() -> Wide:
+    model = Wide()
+    model(np.ones((1, 96), "float32"))
+    AdapterRegistry().bind(list(model.named_modules()))
+    model.registry.add("old", wide("plain"), seed=1)
+    return model
+
+
+def sources(registry: AdapterRegistry, config: str, folder: Path) -> dict[str, Any]:
+    """None for a fresh adapter; and the weights of one in every form."""
+    registry.add("one", config, seed=2)
+    tensors = registry.state_dict("one")
+    same, half = str(folder / "same.safetensors"), str(folder / "half.safetensors")
+    registry.save("one", same)
+    _core.safetensors_save_file({k: v.astype("float16") for k, v in tensors.items()}, half, {"format": "pt"})
+    (folder / "a.bin").write_bytes(bin_files.save(tensors))
+    kept = {k: v.copy() for k, v in tensors.items()}
+    registry.remove("one")
+    return {"fresh": None, "file": same, "another dtype": half, "bin": str(folder / "a.bin"), "dict": kept}
+
+
+def begin(registry: AdapterRegistry, config: str, source: Any) -> None:
+    if source is None:
+        registry.add("new", config, seed=2, wait=False)
+    else:
+        registry.load("new", config, source, seed=2, wait=False)
+
+
+SOURCES = pytest.mark.parametrize("source", ["fresh", "file", "another dtype", "bin", "dict"])
+
+
+@pytest.mark.usefixtures("two_threads")
+@SOURCES
+@pytest.mark.parametrize("name", ["plain", "dora"])
+def test_no_thread_to_fill_in(wide_model: Wide, name: str, source: str, tmp_path: Path) -> None:
+    """The values are there all the same, and the same ones."""
+    r, config = wide_model.registry, wide(name)
+    given = sources(r, config, tmp_path)[source]
+    begin(r, config, given)
+    r.finish()
+    want = {k: v.copy() for k, v in r.state_dict("new").items()}
+    r.remove("new")
+    before = contents(r)
+    gc.collect()
+    live, wanted = _core._live_allocations(), _core._no_threads(True)
+    try:
+        begin(r, config, given)
+        r.finish()
+    finally:
+        found_none = _core._no_threads(False) - wanted
+    assert found_none == (source != "bin")  # which one thread reads
+    got = r.state_dict("new")
+    assert all(np.array_equal(got[k], want[k]) for k in want)
+    del got
+    r.remove("new")
+    gc.collect()
+    assert contents(r) == before and _core._live_allocations() == live
+
+
+@pytest.mark.usefixtures("two_threads")
+@SOURCES
+@pytest.mark.parametrize("none", [False, True], ids=["thread", "no thread"])
+def test_no_memory_before_it_is_filled(wide_model: Wide, none: bool, source: str, tmp_path: Path) -> None:
+    """Each allocation of the calling thread fails, until the adapter has its values."""
+    r, config = wide_model.registry, wide("dora")
+    given = sources(r, config, tmp_path)[source]
+
+    def make() -> None:
+        begin(r, config, given)
+        r.finish()
+
+    _core._no_threads(none)
+    try:
+        assert each_failure(make, lambda: contents(r), lambda: r.remove("new")) > 5
+    finally:
+        _core._no_threads(False)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", WIDE)
+def test_no_memory_in_the_other_thread(wide_model: Wide, name: str) -> None:
+    """Its allocations fail one after the other: finish() says so, the adapter is gone, and the next attempt succeeds."""
+    r, config = wide_model.registry, wide(name)
+    begin(r, config, None)
+    r.finish()
+    r.remove("new")
+    gc.collect()
+    before, live, failures = contents(r), _core._live_allocations(), 0
+    for n in (1, 2, 3, 7, 20, 50):
+        _core._fail_allocation_elsewhere(n)
+        try:
+            begin(r, config, None)
+            for _ in range(2000):
+                if _core._allocation_failed():
+                    break
+                time.sleep(0.00002)  # let it go first
+            try:
+                r.finish()
+            except MemoryError:
+                failures += 1
+                assert _core._allocation_failed() and r.names() == ["old"]
+            else:
+                assert not _core._allocation_failed()
+                r.remove("new")
+        finally:
+            _core._fail_allocation_elsewhere(0)
+        gc.collect()
+        assert contents(r) == before and _core._live_allocations() == live
+    assert (failures > 0) == (name != "plain")
+    begin(r, config, None)
+    r.finish()
+    assert r.names() == ["old", "new"]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("how", ["remove", "another", "forget"])
+def test_failed_and_never_asked_for(wide_model: Wide, how: str) -> None:
+    """What went wrong in the other thread is said by the next call that makes an adapter, or goes with the adapter."""
+    r, config = wide_model.registry, wide("dora")
+    gc.collect()
+    live = _core._live_allocations()
+    _core._fail_allocation_elsewhere(1)
+    try:
+        begin(r, config, None)
+        for _ in range(2000):
+            if _core._allocation_failed():
+                break
+            time.sleep(0.001)
+        assert _core._allocation_failed()
+        if how == "forget":
+            del r
+            wide_model.__dict__.clear()
+        elif how == "remove":
+            r.remove("new")  # nobody wants to know
+            r.add("new", config, wait=False)
+            r.remove("new")
+        else:
+            with pytest.raises(MemoryError):
+                r.add("third", config)
+    finally:
+        _core._fail_allocation_elsewhere(0)
+    gc.collect()
+    if how != "forget":
+        assert r.names() == ["old"]
+        assert _core._live_allocations() == live

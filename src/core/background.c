@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <unistd.h>
 
 #include "memory.h"
@@ -61,11 +62,26 @@ static void *run(void *arg)
 /* Enough for what is called from it, and not the megabytes that an application's limit may ask for. */
 #define STACK_BYTES ((size_t)2 << 20)
 
+#ifdef PC_TEST_HOOKS
+static atomic_bool no_threads;
+static atomic_long not_found;
+
+long pc_test_no_threads(bool none)
+{
+    atomic_store(&no_threads, none);
+    return atomic_load(&not_found);
+}
+
+static bool refuse_thread(void) { return atomic_load(&no_threads) && (atomic_fetch_add(&not_found, 1), true); }
+#else
+static inline bool refuse_thread(void) { return false; }
+#endif
+
 static bool start_thread(struct pc_background *job)
 {
     pthread_attr_t attributes;
     pthread_t thread;
-    if (pthread_attr_init(&attributes) != 0)
+    if (refuse_thread() || pthread_attr_init(&attributes) != 0)
         return false;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);

@@ -21,4 +21,9 @@ pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, voi
  * is begun.  After a fork the child, which lacks the other thread, does all of them again.  NULL is allowed. */
 void pc_background_finish(pc_background *job, bool rest);
 
+#ifdef PC_TEST_HOOKS
+/* Whether pc_background_start finds no thread to be had from now on; returns how many it has not found so far. */
+long pc_test_no_threads(bool none);
+#endif
+
 #endif

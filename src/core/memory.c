@@ -11,6 +11,9 @@
 
 static _Thread_local long fail_countdown;
 static _Thread_local bool fail_happened;
+static _Thread_local bool is_spared; /* the thread that armed the failures of others */
+static atomic_long elsewhere_countdown;
+static atomic_bool elsewhere_happened;
 static atomic_long live_allocations;
 
 void pc_test_fail_allocation(long nth)
@@ -19,13 +22,24 @@ void pc_test_fail_allocation(long nth)
     fail_happened = false;
 }
 
-bool pc_test_allocation_failed(void) { return fail_happened; }
+void pc_test_fail_allocation_elsewhere(long nth)
+{
+    is_spared = nth > 0;
+    atomic_store(&elsewhere_happened, false);
+    atomic_store(&elsewhere_countdown, nth);
+}
+
+bool pc_test_allocation_failed(void) { return fail_happened || (is_spared && atomic_load(&elsewhere_happened)); }
 long pc_test_live_allocations(void) { return atomic_load(&live_allocations); }
 
 static bool refuse(void)
 {
     if (fail_countdown > 0 && --fail_countdown == 0) {
         fail_happened = true;
+        return true;
+    }
+    if (!is_spared && atomic_load(&elsewhere_countdown) > 0 && atomic_fetch_sub(&elsewhere_countdown, 1) == 1) {
+        atomic_store(&elsewhere_happened, true);
         return true;
     }
     return false;

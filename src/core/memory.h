@@ -67,7 +67,9 @@ void pc_pool_free(pc_pool *pool);                          /* frees everything; 
 #ifdef PC_TEST_HOOKS
 /* Make the n-th allocation from now on this thread (1 = the next) fail, once; 0 turns it off. */
 void pc_test_fail_allocation(long nth);
-/* True if the armed failure has happened. */
+/* The same for the n-th allocation on any other thread. */
+void pc_test_fail_allocation_elsewhere(long nth);
+/* True if the failure that this thread armed last has happened. */
 bool pc_test_allocation_failed(void);
 /* Pieces allocated and not yet freed, all threads. */
 long pc_test_live_allocations(void);

@@ -4,6 +4,7 @@
 #include "binding.h"
 
 #include "../kernels/kernels.h"
+#include "../core/background.h"
 #include "../core/memory.h"
 #include "dlpack.h"
 
@@ -68,6 +69,23 @@ static PyObject *fail_allocation(PyObject *module, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *fail_allocation_elsewhere(PyObject *module, PyObject *arg)
+{
+    (void)module;
+    long nth = PyLong_AsLong(arg);
+    if (nth == -1 && PyErr_Occurred())
+        return NULL;
+    pc_test_fail_allocation_elsewhere(nth);
+    Py_RETURN_NONE;
+}
+
+static PyObject *no_threads(PyObject *module, PyObject *arg)
+{
+    (void)module;
+    const int none = PyObject_IsTrue(arg);
+    return none < 0 ? NULL : PyLong_FromLong(pc_test_no_threads(none != 0));
+}
+
 static PyObject *allocation_failed(PyObject *module, PyObject *unused)
 {
     (void)module;
@@ -89,6 +107,9 @@ static PyMethodDef functions[] = {
     {"build_info", build_info, METH_NOARGS, build_info_doc},
 #ifdef PC_TEST_HOOKS
     {"_fail_allocation", fail_allocation, METH_O, "Make the n-th allocation of the core on this thread fail."},
+    {"_fail_allocation_elsewhere", fail_allocation_elsewhere, METH_O,
+     "Make the n-th allocation of the core on any other thread fail."},
+    {"_no_threads", no_threads, METH_O, "Whether no thread is to be had in the background; returns how many were wanted."},
     {"_allocation_failed", allocation_failed, METH_NOARGS, "Whether the armed failure happened."},
     {"_live_allocations", live_allocations, METH_NOARGS, "Allocations of the core not yet freed."},
 #endif

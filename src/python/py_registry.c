@@ -219,6 +219,8 @@ static PyObject *registry_remove(PyObject *op, PyObject *arg)
     if (registry_lock(self) < 0)
         return NULL;
     pc_status status = pc_registry_remove(self->core, name, (size_t)len, &err);
+    if (status == PC_OK)
+        registry_removed(self, name, len);
     registry_unlock(self);
     if (status != PC_OK)
         return peftc_raise(registry_state(self), &err);

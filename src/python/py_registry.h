@@ -60,6 +60,8 @@ extern const char registry_finish_doc[];
 PyObject *registry_finish(PyObject *op, PyObject *unused);
 /* Give up an adapter that is still being filled, without an exception: the registry is going. */
 void registry_give_up(registry_object *self);
+/* The same if it is the one of this name, which is not listed any more. */
+void registry_removed(registry_object *self, const char *name, Py_ssize_t len);
 
 extern const char registry_tensors_doc[], registry_state_dict_doc[], registry_saved_modules_doc[],
     registry_adapted_modules_doc[], registry_save_doc[];

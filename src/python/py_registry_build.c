@@ -66,6 +66,13 @@ void registry_give_up(registry_object *self)
     free_unfinished(u);
 }
 
+void registry_removed(registry_object *self, const char *name, Py_ssize_t len)
+{
+    const struct unfinished *u = self->unfinished;
+    if (u != NULL && u->adapter->name_len == (size_t)len && memcmp(u->adapter->name, name, (size_t)len) == 0)
+        registry_give_up(self);
+}
+
 /* Config → built adapter → filled (from source, or initialised when it is NULL), or with `filling`, where that may go on.
  * No GIL needed. */
 static pc_status make_adapter(registry_object *self, peftc_state *state, const new_adapter *request,

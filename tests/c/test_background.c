@@ -122,6 +122,45 @@ TEST(no_memory_means_no_job)
     CHECK_INT(atomic_load(&v.calls), 0);
 }
 
+TEST(no_thread_means_no_job)
+{
+    static visits v;
+    begin_visits(&v, 0);
+    const long before = pc_test_no_threads(true), live = pc_test_live_allocations();
+    CHECK(pc_background_start(10, 1, visit, &v) == NULL);
+    CHECK_INT(pc_test_no_threads(false), before + 1);
+    CHECK_INT(pc_test_live_allocations(), live);
+    CHECK_INT(atomic_load(&v.calls), 0);
+}
+
+static void allocate(void *ctx, int64_t begin, int64_t end)
+{
+    visits *v = ctx;
+    visit(ctx, begin, end);
+    void *piece = pc_malloc(1);
+    if (piece == NULL)
+        atomic_store(&v->elsewhere, false);
+    pc_free(piece);
+}
+
+TEST(allocations_of_the_other_thread_fail_by_themselves)
+{
+    static visits v;
+    begin_visits(&v, 0);
+    pc_test_fail_allocation_elsewhere(3);
+    pc_free(pc_malloc(1));
+    pc_free(pc_malloc(1));
+    pc_free(pc_malloc(1));
+    CHECK(!pc_test_allocation_failed());
+    pc_background *job = pc_background_start(5, 1, allocate, &v);
+    for (int i = 0; i < 2000 && atomic_load(&v.calls) < 5; i++)
+        usleep(1000);
+    pc_background_finish(job, true);
+    CHECK(pc_test_allocation_failed());
+    pc_test_fail_allocation_elsewhere(0);
+    CHECK(each_once(&v, 5));
+}
+
 int main(void)
 {
     RUN(every_item_is_visited_once);
@@ -129,5 +168,7 @@ int main(void)
     RUN(what_is_given_up_is_begun_no_more);
     RUN(a_forked_child_does_all_of_it);
     RUN(no_memory_means_no_job);
+    RUN(no_thread_means_no_job);
+    RUN(allocations_of_the_other_thread_fail_by_themselves);
     return check_done();
 }
