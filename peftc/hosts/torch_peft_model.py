@@ -67,12 +67,13 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        self._begin(model, peft_config, adapter_name)
+        checkpointing = self._begin(model, peft_config, adapter_name)
         self._with_heads(peft_config)
         self.base_model.add(_prepare.check_name(adapter_name), peft_config)
-        self._finish(adapter_name, autocast_adapter_dtype)
+        self._finish(adapter_name, autocast_adapter_dtype, checkpointing)
 
-    def _begin(self, model: nn.Module, peft_config: Any, adapter_name: str) -> None:
+    def _begin(self, model: nn.Module, peft_config: Any, adapter_name: str) -> bool:
+        """All but the adapter. Does the model checkpoint gradients? It looks through its modules for that, which are fewer now."""
         check_config(peft_config)
         nn.Module.__init__(self)
         attachment(model)  # refuses what is no torch model
@@ -81,12 +82,13 @@ class PeftModel(nn.Module):
         self.active_adapter: Any = adapter_name
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
+        return bool(getattr(model, "is_gradient_checkpointing", True))
 
-    def _finish(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+    def _finish(self, adapter_name: str, autocast_adapter_dtype: bool, checkpointing: bool) -> None:
         model: Any = self.base_model.model
         if autocast_adapter_dtype:
             self._to_float32(adapter_name)
-        if getattr(model, "is_gradient_checkpointing", True):
+        if checkpointing:
             self.prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
@@ -425,9 +427,9 @@ class PeftModel(nn.Module):
         config.inference_mode = not is_trainable
         name, weights = new_name(adapter_name, config), files.weights()
         made: Self = cls.__new__(TASKS.get(_task(config), cls))  # type: ignore[arg-type]  # a subclass of PeftModel
-        made._begin(model, config, name)
+        checkpointing = made._begin(model, config, name)
         result = load_new(made, name, config, label, weights, key_mapping)
-        made._finish(name, False)
+        made._finish(name, False, checkpointing)
         if autocast_adapter_dtype and made._to_float32(name):
             read_again(made, name, weights, key_mapping)
         if result.missing_keys:
