@@ -232,6 +232,30 @@ def lowrank_node(
 ) -> tuple[Callable[..., Any], Callable[[Any, Any], tuple[Any, ...]]]:
     """(forward, backward) of the torch.autograd.Function that is the low-rank sum."""
 
+def scale_adder(
+    fresh: type,
+    watch: _Watch,
+    grad_enabled: Callable[[], bool],
+    empty_like: Callable[[Any], Any],
+    linear: Callable[..., Any],
+    record: Callable[..., Any],
+    /,
+) -> tuple[Callable[[Any, Any, tuple[str, ...]], Any], Callable[[Any, Any, tuple[str, ...], bool], Any]]:
+    """Functions (layer, x, live) → base(x) ∘ vector or base(x ∘ vector), and (layer, x, live, before) → x ∘ vector; each gives
+    None where torch's own operations are needed."""
+
+def scale_node(
+    watch: _Watch,
+    grad_enabled: Callable[[], bool],
+    linear: Callable[..., Any],
+    matmul: Callable[..., Any],
+    empty_like: Callable[[Any], Any],
+    product: Callable[[Any, Any], Any],
+    derivatives: Callable[[Any, Any], tuple[Any, ...]],
+    /,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(forward, backward) of the torch.autograd.Function that is the product of rows with a vector."""
+
 def module_like(template: _T, /) -> _T:
     """A new object with the template's items: its containers copied one level deep, everything else shared."""
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, transposed
+from .torch_scale import scale_rows, scaled_linear
 from .torch_stamps import ParameterDict, parameters, puts_of
 from .torch_tree import kind_of
 
@@ -48,21 +50,26 @@ class IA3Layer(AdaptedLayer):
         vector = self._modules["ia3_l"]._parameters[name]
         return vector if vector.dim() > 2 else vector.flatten()
 
-    def _live(self) -> list[str]:
+    def _scaled(self, x: torch.Tensor, live: tuple[str, ...], before: bool) -> torch.Tensor:
+        """x times the vectors of the adapters that scale the layer's input, or its output."""
+        if not is_compiling() and (scaled := scale_rows(self, x, live, before)) is not None:
+            return scaled
         held = self._modules["ia3_l"]._parameters
-        return [name for name in self._peftc.live if name in held]
+        dtype = x.dtype
+        for name in live:
+            if name in held and self._feedforward[name] == before:
+                vector = self._vector(name)
+                x = ((x.to(vector.dtype) if before else x) * vector).to(dtype)
+        return x
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        live = self._live()
-        before = [self._vector(name) for name in live if self._feedforward[name]]
-        after = [self._vector(name) for name in live if not self._feedforward[name]]
-        for vector in before:
-            x = (x.to(vector.dtype) * vector).to(x.dtype)
-        result = self._modules["base_layer"](x, *args, **kwargs)
-        dtype = result.dtype
-        for vector in after:
-            result = (result * vector).to(dtype)
-        return result
+        live = self._peftc.live
+        if not args and not kwargs and not is_compiling() and (result := scaled_linear(self, x, live)) is not None:
+            return result
+        result = self._modules["base_layer"](self._scaled(x, live, True), *args, **kwargs)
+        return self._scaled(result, live, False)
+
+    _direct = scaled_linear
 
     def merge_into(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, plain: torch.Tensor

@@ -77,3 +77,36 @@ static void row_softmax_back(int64_t n, const void *y_, const void *dy_, double 
     if (i < n)
         v_storen(dx + i, (v_loadn(dy + i, n - i) - sum) * v_loadn(y + i, n - i) * factor, n - i);
 }
+
+/* A few rows at once, so that dv is in hand for all of them; R is a constant where this is called. */
+static inline void scale_back_rows(int R, int64_t n, const REAL *dy, int64_t lddy, const REAL *x, int64_t ldx,
+                                   const REAL *v, REAL *dx, int64_t lddx, REAL *dv)
+{
+    for (int64_t i = 0; i < n; i += VW) {
+        int64_t left = n - i;
+        bool whole = left >= VW;
+        V factor = whole ? v_load(v + i) : v_loadn(v + i, left), sum = v_set1(0);
+        for (int r = 0; r < R; r++) {
+            V g = whole ? v_load(dy + r * lddy + i) : v_loadn(dy + r * lddy + i, left);
+            if (dv != NULL)
+                sum = v_fma(g, whole ? v_load(x + r * ldx + i) : v_loadn(x + r * ldx + i, left), sum);
+            if (dx != NULL && whole)
+                v_store(dx + r * lddx + i, g * factor);
+            else if (dx != NULL)
+                v_storen(dx + r * lddx + i, g * factor, left);
+        }
+        if (dv != NULL && whole)
+            v_store(dv + i, v_load(dv + i) + sum);
+        else if (dv != NULL)
+            v_storen(dv + i, v_loadn(dv + i, left) + sum, left);
+    }
+}
+
+static void row_scale_back(int64_t n, int64_t rows, const void *dy, int64_t lddy, const void *x, int64_t ldx,
+                           const void *v, void *dx, int64_t lddx, void *dv)
+{
+    if (rows == 4 && dx != NULL && dv != NULL)
+        scale_back_rows(4, n, dy, lddy, x, ldx, v, dx, lddx, dv);
+    else
+        scale_back_rows((int)rows, n, dy, lddy, x, ldx, v, dx, lddx, dv);
+}

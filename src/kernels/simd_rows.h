@@ -202,4 +202,5 @@ static void row_softmax(int64_t n, const void *x_, double c, const void *add_, v
 
 ROW_OPS_LINKAGE const pc_row_ops ROW_OPS_NAME = {
     row_activate,    row_finish,    row_multiply, row_scale,         row_axpy,           row_moments,
-    row_spread,      row_mean_square, row_normalise, row_softmax,  row_activate_back, row_normalise_back, row_softmax_back};
+    row_spread,      row_mean_square, row_normalise, row_softmax,  row_activate_back, row_normalise_back, row_softmax_back,
+    row_scale_back};

@@ -40,6 +40,10 @@ typedef struct pc_row_ops {
                            const void *dy, void *dx);
     /* Of y = softmax(x): dx = c · y ⊙ (dy - Σ y ⊙ dy); dx may be dy. */
     void (*softmax_back)(int64_t n, const void *y, const void *dy, double c, void *dx);
+    /* Of y = x ⊙ v, 1 to 4 rows that lie ld… elements apart: dx = dy ⊙ v, which may be dy, and dv += Σ dy ⊙ x; dx and dv
+     * may be NULL, x only with dv. */
+    void (*scale_back)(int64_t n, int64_t rows, const void *dy, int64_t lddy, const void *x, int64_t ldx, const void *v,
+                       void *dx, int64_t lddx, void *dv);
 } pc_row_ops;
 
 /* A matrix x (rows, k), f32, transposed in panels of whole vectors: panel after panel, each [k][vectors · lanes].

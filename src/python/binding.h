@@ -71,5 +71,6 @@ int peftc_add_torch_places(PyObject *module, peftc_state *state);
 int peftc_add_torch_forward(PyObject *module, peftc_state *state);
 int peftc_add_torch_node(PyObject *module, peftc_state *state);
 int peftc_add_torch_call(PyObject *module, peftc_state *state);
+int peftc_add_torch_scale(PyObject *module, peftc_state *state);
 
 #endif

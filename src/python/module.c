@@ -133,6 +133,7 @@ static int (*const parts[])(PyObject *module, peftc_state *state) = {
     peftc_add_torch_forward,
     peftc_add_torch_node,
     peftc_add_torch_call,
+    peftc_add_torch_scale,
 };
 
 static int exec_module(PyObject *module)

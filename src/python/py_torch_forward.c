@@ -2,29 +2,14 @@
  *
  * For one token a layer's low-rank sum takes under a microsecond; looking the factors up in Python would take several.
  * Whatever is not the plain case is left to the caller, who has torch's operations for it. */
+#include "py_torch_layer.h"
 #include "py_torch_operand.h"
 #include "py_torch_pieces.h"
 #include "py_torch_watch.h"
 
-/* What `lowrank_adder` is given, and names; the items of the tuple that is the made functions' `self`. */
+/* Names, and what `lowrank_adder` is given; the items of the tuple that is the made functions' `self`. */
 enum piece {
-    MODULE,       /* peftc._core */
-    FACTOR,       /* the class of A and B */
-    IDENTITY,     /* the class of a dropout that drops nothing */
-    DROPOUT,      /* torch.nn.Dropout */
-    FRESH,        /* the class of base layers whose output is nobody else's: nn.Linear */
-    WATCH,        /* see py_torch_watch.h */
-    GRAD_ENABLED, /* torch.is_grad_enabled */
-    EMPTY_LIKE,   /* torch.empty_like */
-    LINEAR,       /* torch.nn.functional.linear */
-    NOISE,        /* (x, p) → what dropout multiplies x with, or None where it is torch's to do */
-    RECORD,       /* (x, y, W, bias, A, B, E, scale, noise) → y + scale · (((x ∘ noise) Aᵀ) ∘ E) Bᵀ, which autograd knows
-                     of; with x Wᵀ + bias for y if that is None */
-    PIECES,       /* names from here on */
-    MODULES = PIECES,
-    PARAMETERS,
-    BASE_LAYER,
-    LORA_A,
+    LORA_A = LAYER_PIECES,
     LORA_B,
     LORA_E,
     LORA_DROPOUT,
@@ -32,80 +17,33 @@ enum piece {
     RANKNUM,
     USE_DORA,
     INITIAL,
-    WEIGHT,
-    BIAS,
-    FORWARD,
     P,
     INPLACE,
     TRAINING,
-    REQUIRES_GRAD,
-    FORWARD_HOOKS,
-    FORWARD_PRE_HOOKS,
-    BACKWARD_HOOKS,
-    BACKWARD_PRE_HOOKS,
+    GIVEN,          /* objects from here on */
+    FACTOR = GIVEN, /* the class of A and B */
+    IDENTITY,       /* the class of a dropout that drops nothing */
+    DROPOUT,        /* torch.nn.Dropout */
+    FRESH,          /* the class of base layers whose output is nobody else's: nn.Linear */
+    WATCH,          /* see py_torch_watch.h */
+    GRAD_ENABLED,   /* torch.is_grad_enabled */
+    EMPTY_LIKE,     /* torch.empty_like */
+    LINEAR,         /* torch.nn.functional.linear */
+    NOISE,          /* (x, p) → what dropout multiplies x with, or None where it is torch's to do */
+    RECORD,         /* (x, y, W, bias, A, B, E, scale, noise) → y + scale · (((x ∘ noise) Aᵀ) ∘ E) Bᵀ, which autograd
+                       knows of; with x Wᵀ + bias for y if that is None */
     COUNT,
 };
 
-static const char *const names[COUNT - PIECES] = {
-    "_modules", "_parameters", "base_layer", "lora_A", "lora_B", "lora_E", "lora_dropout", "scaling", "ranknum",
-    "use_dora", "_initial", "weight", "bias", "forward", "p", "inplace", "training", "requires_grad", "_forward_hooks",
-    "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+static const char *const names[GIVEN - 1] = {
+    LAYER_NAMES, "lora_A",   "lora_B",   "lora_E", "lora_dropout", "scaling",
+    "ranknum",   "use_dora", "_initial", "p",      "inplace",      "training",
 };
-
-/* References are borrowed where nothing runs other Python code before their last use; factors are held, because an
- * allocation by torch gives up the GIL, and so do large sums. */
-typedef struct call {
-    PyObject *self;
-    peftc_state *state;
-    bool failed; /* an exception is set */
-} call;
-
-#define PIECE(c, i) PyTuple_GET_ITEM((c)->self, i)
-
-/* The item of a dict, borrowed; NULL if there is none, or it is no dict. */
-static PyObject *item(call *c, PyObject *dict, PyObject *key)
-{
-    if (dict == NULL || !PyDict_Check(dict) || c->failed)
-        return NULL;
-    PyObject *found = PyDict_GetItemWithError(dict, key);
-    c->failed = found == NULL && PyErr_Occurred();
-    return found;
-}
-
-/* An instance's attribute that is kept in its __dict__, borrowed from there. */
-static PyObject *own(call *c, PyObject *object, int name)
-{
-    if (object == NULL || c->failed)
-        return NULL;
-    PyObject *dict = PyObject_GenericGetDict(object, NULL);
-    if (dict == NULL) {
-        PyErr_Clear();
-        return NULL;
-    }
-    PyObject *found = item(c, dict, PIECE(c, name));
-    Py_DECREF(dict); /* the object has it */
-    return found;
-}
 
 /* object._modules[field]._modules, borrowed. */
 static PyObject *children_of(call *c, PyObject *layer, int field)
 {
-    return own(c, item(c, own(c, layer, MODULES), PIECE(c, field)), MODULES);
-}
-
-static bool has_hooks(call *c, PyObject *module)
-{
-    return !peftc_is_empty(own(c, module, FORWARD_HOOKS)) || !peftc_is_empty(own(c, module, FORWARD_PRE_HOOKS)) ||
-           !peftc_is_empty(own(c, module, BACKWARD_HOOKS)) || !peftc_is_empty(own(c, module, BACKWARD_PRE_HOOKS));
-}
-
-/* Is the attribute's value the object True? */
-static bool is_true(call *c, PyObject *object, int name)
-{
-    PyObject *value = PyObject_GetAttr(object, PIECE(c, name));
-    c->failed = c->failed || value == NULL;
-    Py_XDECREF(value);
-    return value != Py_False;
+    return layer_own(c, layer_item(c, layer_own(c, layer, MODULES), PIECE(c, field)), MODULES);
 }
 
 typedef struct factors {
@@ -130,32 +68,26 @@ static void forget(factors *all, int count)
 /* What the adapter's dropout does now. False for what is not the plain case. */
 static bool read_dropout(call *c, PyObject *layer, PyObject *name, factors *out)
 {
-    PyObject *dropout = item(c, children_of(c, layer, LORA_DROPOUT), name);
+    PyObject *dropout = layer_item(c, children_of(c, layer, LORA_DROPOUT), name);
     if (dropout == NULL)
         return false;
-    if ((PyObject *)Py_TYPE(dropout) == PIECE(c, IDENTITY) || own(c, dropout, TRAINING) == Py_False)
+    if ((PyObject *)Py_TYPE(dropout) == PIECE(c, IDENTITY) || layer_own(c, dropout, TRAINING) == Py_False)
         return true;
-    if ((PyObject *)Py_TYPE(dropout) != PIECE(c, DROPOUT) || own(c, dropout, INPLACE) != Py_False || has_hooks(c, dropout))
+    if ((PyObject *)Py_TYPE(dropout) != PIECE(c, DROPOUT) || layer_own(c, dropout, INPLACE) != Py_False || layer_has_hooks(c, dropout))
         return false;
-    out->p = Py_XNewRef(own(c, dropout, P));
+    out->p = Py_XNewRef(layer_own(c, dropout, P));
     return out->p != NULL;
-}
-
-/* A parameter of a ParameterDict that is a child of the layer, borrowed. */
-static PyObject *parameter_in(call *c, PyObject *layer, int field, PyObject *name)
-{
-    return item(c, own(c, item(c, own(c, layer, MODULES), PIECE(c, field)), PARAMETERS), name);
 }
 
 /* What an AdaLora adapter has here. False for what is not the plain case. */
 static bool read_triplet(call *c, PyObject *layer, PyObject *name, factors *out)
 {
     peftc_tensor ranknum;
-    out->a = Py_XNewRef(parameter_in(c, layer, LORA_A, name));
-    out->b = Py_XNewRef(parameter_in(c, layer, LORA_B, name));
-    out->e = Py_XNewRef(parameter_in(c, layer, LORA_E, name));
+    out->a = Py_XNewRef(layer_parameter(c, layer, LORA_A, name));
+    out->b = Py_XNewRef(layer_parameter(c, layer, LORA_B, name));
+    out->e = Py_XNewRef(layer_parameter(c, layer, LORA_E, name));
     out->bias = Py_NewRef(Py_None);
-    PyObject *count = parameter_in(c, layer, RANKNUM, name), *scale = item(c, own(c, layer, SCALING), name);
+    PyObject *count = layer_parameter(c, layer, RANKNUM, name), *scale = layer_item(c, layer_own(c, layer, SCALING), name);
     if (out->a == NULL || out->b == NULL || out->e == NULL || count == NULL || scale == NULL || !read_dropout(c, layer, name, out) ||
         !operand_number(scale, &out->scale) || !peftc_read_tensor(c->state, count, &ranknum))
         return false;
@@ -169,33 +101,33 @@ static bool read_triplet(call *c, PyObject *layer, PyObject *name, factors *out)
 /* What one adapter has here, of LoRA or AdaLora. False for what is not the plain case. */
 static bool read_factors(call *c, PyObject *layer, PyObject *name, factors *out)
 {
-    PyObject *down = item(c, children_of(c, layer, LORA_A), name), *up = item(c, children_of(c, layer, LORA_B), name);
+    PyObject *down = layer_item(c, children_of(c, layer, LORA_A), name), *up = layer_item(c, children_of(c, layer, LORA_B), name);
     if (down == NULL)
         return !c->failed && read_triplet(c, layer, name, out);
-    PyObject *class = PIECE(c, FACTOR), *initial = item(c, own(c, layer, INITIAL), name);
+    PyObject *class = PIECE(c, FACTOR), *initial = layer_item(c, layer_own(c, layer, INITIAL), name);
     if (up == NULL || (PyObject *)Py_TYPE(down) != class || (PyObject *)Py_TYPE(up) != class ||
-        item(c, own(c, layer, USE_DORA), name) != Py_False || !read_dropout(c, layer, name, out) || has_hooks(c, down) ||
-        has_hooks(c, up))
+        layer_item(c, layer_own(c, layer, USE_DORA), name) != Py_False || !read_dropout(c, layer, name, out) || layer_has_hooks(c, down) ||
+        layer_has_hooks(c, up))
         return false;
-    out->a = Py_XNewRef(item(c, own(c, down, PARAMETERS), PIECE(c, WEIGHT)));
-    out->b = Py_XNewRef(item(c, own(c, up, PARAMETERS), PIECE(c, WEIGHT)));
-    out->bias = Py_XNewRef(item(c, own(c, up, PARAMETERS), PIECE(c, BIAS)));
+    out->a = Py_XNewRef(layer_item(c, layer_own(c, down, PARAMETERS), PIECE(c, WEIGHT)));
+    out->b = Py_XNewRef(layer_item(c, layer_own(c, up, PARAMETERS), PIECE(c, WEIGHT)));
+    out->bias = Py_XNewRef(layer_item(c, layer_own(c, up, PARAMETERS), PIECE(c, BIAS)));
     if (initial != NULL && PyTuple_Check(initial) && PyTuple_GET_SIZE(initial) == 2) {
         out->initial_a = Py_NewRef(PyTuple_GET_ITEM(initial, 0));
         out->initial_b = Py_NewRef(PyTuple_GET_ITEM(initial, 1));
     }
-    PyObject *scale = item(c, own(c, layer, SCALING), name);
+    PyObject *scale = layer_item(c, layer_own(c, layer, SCALING), name);
     return out->a != NULL && out->b != NULL && out->bias != NULL && scale != NULL && operand_number(scale, &out->scale);
 }
 
 /* Of the adapters in `live`, those that the layer has; false for what is not the plain case. */
 static bool read_all(call *c, PyObject *layer, PyObject *live, factors *all, int *count)
 {
-    PyObject *children = own(c, layer, MODULES), *a = item(c, children, PIECE(c, LORA_A));
-    PyObject *modules = own(c, a, MODULES), *parameters = own(c, a, PARAMETERS);
+    PyObject *children = layer_own(c, layer, MODULES), *a = layer_item(c, children, PIECE(c, LORA_A));
+    PyObject *modules = layer_own(c, a, MODULES), *parameters = layer_own(c, a, PARAMETERS);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(live); i++) {
         PyObject *name = PyTuple_GET_ITEM(live, i);
-        if (item(c, modules, name) == NULL && item(c, parameters, name) == NULL)
+        if (layer_item(c, modules, name) == NULL && layer_item(c, parameters, name) == NULL)
             continue; /* it has nothing on this layer */
         if (*count == MOST_TERMS / 2 || !read_factors(c, layer, name, &all[(*count)++]))
             return false;
@@ -206,9 +138,9 @@ static bool read_all(call *c, PyObject *layer, PyObject *live, factors *all, int
 static bool any_requires_grad(call *c, const factors *all, int count)
 {
     for (int i = 0; i < count; i++)
-        if (is_true(c, all[i].a, REQUIRES_GRAD) || is_true(c, all[i].b, REQUIRES_GRAD) ||
-            (all[i].e != NULL && is_true(c, all[i].e, REQUIRES_GRAD)) ||
-            (all[i].bias != Py_None && is_true(c, all[i].bias, REQUIRES_GRAD)))
+        if (layer_is_true(c, all[i].a, REQUIRES_GRAD) || layer_is_true(c, all[i].b, REQUIRES_GRAD) ||
+            (all[i].e != NULL && layer_is_true(c, all[i].e, REQUIRES_GRAD)) ||
+            (all[i].bias != Py_None && layer_is_true(c, all[i].bias, REQUIRES_GRAD)))
             return true;
     return false;
 }
@@ -216,24 +148,8 @@ static bool any_requires_grad(call *c, const factors *all, int count)
 /* Does autograd have to know of the sum? y may be NULL. */
 static bool needs_grad(call *c, PyObject *x, PyObject *y, const factors *all, int count)
 {
-    PyObject *enabled = PyObject_CallNoArgs(PIECE(c, GRAD_ENABLED));
-    bool grad = enabled != Py_False;
-    c->failed = c->failed || enabled == NULL;
-    Py_XDECREF(enabled);
-    return grad && !c->failed &&
-           (is_true(c, x, REQUIRES_GRAD) || (y != NULL && is_true(c, y, REQUIRES_GRAD)) || any_requires_grad(c, all, count));
-}
-
-/* The base layer, borrowed, if its output is nobody else's, so that it can be overwritten; else NULL. */
-static PyObject *fresh_base(call *c, PyObject *layer)
-{
-    peftc_tensor weight; /* a plain tensor: no subclass that may have remembered what it gave */
-    PyObject *base = item(c, own(c, layer, MODULES), PIECE(c, BASE_LAYER)), *parameter = NULL;
-    if (base == NULL || (PyObject *)Py_TYPE(base) != PIECE(c, FRESH) || has_hooks(c, base) ||
-        own(c, base, FORWARD) != NULL || (parameter = item(c, own(c, base, PARAMETERS), PIECE(c, WEIGHT))) == NULL ||
-        !peftc_read_tensor(c->state, parameter, &weight))
-        return NULL;
-    return base;
+    return layer_grad_enabled(c, PIECE(c, GRAD_ENABLED)) && !c->failed &&
+           (layer_is_true(c, x, REQUIRES_GRAD) || (y != NULL && layer_is_true(c, y, REQUIRES_GRAD)) || any_requires_grad(c, all, count));
 }
 
 /* Do x and the one adapter's factors go with outputs of `width` columns? */
@@ -318,7 +234,7 @@ static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, con
         return count == 1 && fits(c, x, &all[0], width) ? record(c, x, y, Py_None, Py_None, &all[0]) : NULL;
     if (c->failed || any_drops(all, count) || !peftc_read_tensor(c->state, x, &tensor))
         return NULL;
-    PyObject *result = fresh_base(c, layer) != NULL ? Py_NewRef(y) : PyObject_CallOneArg(PIECE(c, EMPTY_LIKE), y);
+    PyObject *result = layer_fresh_base(c, layer, PIECE(c, FRESH)) != NULL ? Py_NewRef(y) : PyObject_CallOneArg(PIECE(c, EMPTY_LIKE), y);
     c->failed = c->failed || result == NULL;
     if (result != NULL && !sum_into(c, x, y, result, all, count))
         Py_CLEAR(result);
@@ -328,20 +244,14 @@ static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, con
 /* The base layer's output and the sum in one. */
 static PyObject *whole(call *c, PyObject *layer, PyObject *x, const factors *all, int count)
 {
-    PyObject *base = count > 0 ? fresh_base(c, layer) : NULL;
-    PyObject *weight = item(c, own(c, base, PARAMETERS), PIECE(c, WEIGHT)), *result = NULL;
-    PyObject *bias = item(c, own(c, base, PARAMETERS), PIECE(c, BIAS));
-    peftc_tensor tensor, input;
-    if (weight == NULL || bias == NULL || !peftc_nobody_watches(PIECE(c, WATCH), &c->failed) ||
-        !peftc_read_tensor(c->state, x, &input) || !peftc_read_tensor(c->state, weight, &tensor) || tensor.ndim != 2 ||
-        tensor.dtype != input.dtype || input.ndim == 0 || tensor.shape[1] != input.shape[input.ndim - 1] ||
-        (bias != Py_None && !peftc_read_tensor(c->state, bias, &input)))
+    PyObject *base = count > 0 ? layer_fresh_base(c, layer, PIECE(c, FRESH)) : NULL;
+    PyObject *weight, *bias, *result = NULL;
+    peftc_tensor tensor;
+    if (base == NULL || !peftc_nobody_watches(PIECE(c, WATCH), &c->failed) || !layer_linear(c, base, x, &weight, &bias))
         return NULL;
-    int64_t width = tensor.shape[0];
-    Py_INCREF(weight); /* held, because calls of torch let other threads run */
-    Py_INCREF(bias);
+    int64_t width = peftc_read_tensor(c->state, weight, &tensor) ? tensor.shape[0] : 0;
     bool grad = needs_grad(c, x, NULL, all, count);
-    if (!c->failed && (is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && is_true(c, bias, REQUIRES_GRAD)))) {
+    if (!c->failed && (layer_is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && layer_is_true(c, bias, REQUIRES_GRAD)))) {
         /* a base layer that is trained, too, is autograd's */
     } else if (!c->failed && grad) {
         if (count == 1 && fits(c, x, &all[0], width))
@@ -433,12 +343,12 @@ PyDoc_STRVAR(lowrank_adder_doc,
 
 static PyObject *lowrank_adder(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs != PIECES - 1 || !PyType_Check(args[FACTOR - 1]) || !PyType_Check(args[IDENTITY - 1]) ||
-        !PyType_Check(args[DROPOUT - 1]) || !PyType_Check(args[FRESH - 1]) || !peftc_watch_check(args[WATCH - 1])) {
+    if (nargs != COUNT - GIVEN || !PyType_Check(args[FACTOR - GIVEN]) || !PyType_Check(args[IDENTITY - GIVEN]) ||
+        !PyType_Check(args[DROPOUT - GIVEN]) || !PyType_Check(args[FRESH - GIVEN]) || !peftc_watch_check(args[WATCH - GIVEN])) {
         PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes four types, a tuple that says who watches, and five functions");
         return NULL;
     }
-    return peftc_pieces_functions(module, args, PIECES, names, COUNT, &add_lowrank_def, &adapted_linear_def);
+    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, &add_lowrank_def, &adapted_linear_def);
 }
 
 static PyMethodDef functions[] = {

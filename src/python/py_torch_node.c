@@ -6,10 +6,17 @@
 #include "py_torch_pieces.h"
 #include "py_torch_watch.h"
 
-/* What `lowrank_node` is given, and names; the items of the tuple that is the made functions' `self`. */
+/* Names, and what `lowrank_node` is given; the items of the tuple that is the made functions' `self`. */
 enum piece {
     MODULE, /* peftc._core */
-    WATCH,
+    TO_SAVE,
+    SAVED,
+    NEEDS,
+    SCALING,
+    CONTIGUOUS,
+    ADDCMUL,
+    GIVEN, /* objects from here on */
+    WATCH = GIVEN,
     GRAD_ENABLED, /* torch.is_grad_enabled */
     LINEAR,       /* torch.nn.functional.linear */
     MATMUL,       /* torch.matmul */
@@ -17,18 +24,11 @@ enum piece {
     EMPTY_LIKE,   /* torch.empty_like */
     SUM,          /* (x, y, A, B, E, scaling) → the sum, for what the kernels do not take */
     DERIVATIVES,  /* (ctx, grad) → (dx, dy, None, None, dA, dB, dE, None, None), likewise */
-    PIECES,       /* names from here on */
-    SAVE = PIECES,
-    SAVED,
-    NEEDS,
-    SCALING,
-    CONTIGUOUS,
-    ADDCMUL,
     COUNT,
 };
 
-static const char *const names[COUNT - PIECES] = {
-    "save_for_backward", "saved_tensors", "needs_input_grad", "scaling", "contiguous", "addcmul_",
+static const char *const names[GIVEN - 1] = {
+    "to_save", "saved_tensors", "needs_input_grad", "scaling", "contiguous", "addcmul_",
 };
 
 #define PIECE(self, i) PyTuple_GET_ITEM(self, i)
@@ -92,10 +92,9 @@ static PyObject *node_forward(PyObject *self, PyObject *const *args, Py_ssize_t 
         Py_SETREF(hidden, Py_NewRef(Py_None));
     }
     bool good = done != NULL && out != NULL && PyObject_SetAttr(ctx, PIECE(self, SCALING), in[SCALE]) == 0;
-    if (good) {
-        PyObject *arguments[] = {ctx, in[X], in[WEIGHT], in[A], in[B], in[E], in[NOISE], hidden};
-        saved = PyObject_VectorcallMethod(PIECE(self, SAVE), arguments, 8, NULL);
-        good = saved != NULL;
+    if (good) { /* what ctx.save_for_backward does */
+        saved = PyTuple_Pack(7, in[X], in[WEIGHT], in[A], in[B], in[E], in[NOISE], hidden);
+        good = saved != NULL && PyObject_SetAttr(ctx, PIECE(self, TO_SAVE), saved) == 0;
     }
     if (!good)
         Py_CLEAR(out);
@@ -222,11 +221,11 @@ PyDoc_STRVAR(lowrank_node_doc,
 
 static PyObject *lowrank_node(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs != PIECES - 1 || !peftc_watch_check(args[WATCH - 1])) {
+    if (nargs != COUNT - GIVEN || !peftc_watch_check(args[WATCH - GIVEN])) {
         PyErr_SetString(PyExc_TypeError, "lowrank_node() takes a tuple that says who watches, and seven functions");
         return NULL;
     }
-    return peftc_pieces_functions(module, args, PIECES, names, COUNT, &forward_def, &backward_def);
+    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, &forward_def, &backward_def);
 }
 
 static PyMethodDef functions[] = {

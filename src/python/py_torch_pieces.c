@@ -1,14 +1,14 @@
 #include "py_torch_pieces.h"
 
-PyObject *peftc_pieces_functions(PyObject *module, PyObject *const *args, int given, const char *const *names, int count,
+PyObject *peftc_pieces_functions(PyObject *module, const char *const *names, int named, PyObject *const *given, int count,
                                  PyMethodDef *first, PyMethodDef *second)
 {
-    PyObject *self = PyTuple_New(count), *one = NULL, *other = NULL, *both = NULL;
+    PyObject *self = PyTuple_New(1 + named + count), *one = NULL, *other = NULL, *both = NULL;
     bool good = self != NULL;
-    for (int i = 0; good && i < count; i++) {
-        PyObject *piece = i == 0      ? Py_NewRef(module)
-                          : i < given ? Py_NewRef(args[i - 1])
-                                      : PyUnicode_InternFromString(names[i - given]);
+    for (int i = 0; good && i < 1 + named + count; i++) {
+        PyObject *piece = i == 0       ? Py_NewRef(module)
+                          : i <= named ? PyUnicode_InternFromString(names[i - 1])
+                                       : Py_NewRef(given[i - 1 - named]);
         good = piece != NULL;
         if (good)
             PyTuple_SET_ITEM(self, i, piece);

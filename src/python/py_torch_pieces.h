@@ -4,9 +4,9 @@
 
 #include "binding.h"
 
-/* (first, second): two functions whose `self` is a tuple of `count` pieces: the module, the objects args[0 … given - 2], and
- * names[0 … count - given - 1] as interned strings.  NULL with an exception. */
-PyObject *peftc_pieces_functions(PyObject *module, PyObject *const *args, int given, const char *const *names, int count,
+/* (first, second): two functions whose `self` is a tuple: the module, the names as interned strings, the objects that are
+ * given.  NULL with an exception. */
+PyObject *peftc_pieces_functions(PyObject *module, const char *const *names, int named, PyObject *const *given, int count,
                                  PyMethodDef *first, PyMethodDef *second);
 
 #endif
