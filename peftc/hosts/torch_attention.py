@@ -106,7 +106,7 @@ class MultiheadAttention(LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As nn.MultiheadAttention's; x is the query."""
-        if "adapter_names" in kwargs:
+        if self._peftc.rows is not None or "adapter_names" in kwargs:
             raise TypeError("lora.MultiheadAttention does not support mixed adapter batches.")
         attention: Any = self._modules["base_layer"]
         live = self._live()

@@ -36,7 +36,8 @@ class Switch:
         """Assign fields, then `live`: one assignment, so a layer sees the old names or the new ones."""
         for field, value in changes.items():
             setattr(self, field, value)
-        self.live = self.active if self.enabled and not self.merged else ()
+        # Rows have adapters of their own; layers that cannot mix have none of these, and are base layers then.
+        self.live = self.active if self.enabled and not self.merged and self.rows is None else ()
 
 
 def dropout_module(p: float, training: bool, switch: Switch) -> nn.Module:

@@ -20,8 +20,8 @@ def rows(registry: TorchRegistry, training: bool, adapter_names: Any, num_beams:
         num_beams: of a beam search, which repeats each row of the decoder so often.
 
     Raises:
-        ValueError: training mode, an unknown name, merged adapters, an adapter with DoRA, a method other than LoRA.
-        TypeError: adapter_names is no list, and there is a beam search.
+        ValueError: training mode, an unknown name, merged adapters, an adapter with DoRA or of IA³.
+        TypeError: an adapter of AdaLora, or on an attention; adapter_names is no list, and there is a beam search.
     """
     if adapter_names is None:
         yield
@@ -38,12 +38,12 @@ def rows(registry: TorchRegistry, training: bool, adapter_names: Any, num_beams:
         yield
         return
     handles = _encoder_without_beams(registry.model, switch, names) if beams > 1 else []
-    switch.rows = Rows([name for name in names for _ in range(beams)])
+    switch.update(rows=Rows([name for name in names for _ in range(beams)]))
     handles += _tell_pefts_layers(registry, switch)
     try:
         yield
     finally:
-        switch.rows = None
+        switch.update(rows=None)
         for handle in handles:
             handle.remove()
         registry.follow()
@@ -59,6 +59,12 @@ def _check(registry: TorchRegistry, wanted: set[str]) -> None:
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
     for name in sorted(wanted):
+        if registry.peft_type(name) == "ADALORA":
+            base = type(registry.adapted_layers(name)[0][1].get_base_layer()).__name__
+            raise TypeError(  # as it comes about in PEFT
+                f"{base}.forward() got an unexpected keyword argument 'adapter_names': batches are mixed with adapters of "
+                f"LoRA, and {name} is of AdaLora. Run its rows apart"
+            )
         if registry.peft_type(name) != "LORA":
             raise ValueError(
                 f"`adapter_names` mixes adapters of LoRA in a batch, and {name} is of {registry.peft_type(name)}: run its "

@@ -701,9 +701,39 @@ def test_mixed_batches_that_cannot_be():
     refused(*twins(dora), dora.batch(), ["default"] * 3)
     with torch.no_grad():  # the model is as before
         ours(batch, adapter_names=["default", "second", "__base__"])
+
+
+def test_mixed_batches_of_other_methods():
+    """PEFT passes over adapter_names with IA³, and its AdaLora stumbles over them. Rows of the base model are that here."""
     _, ours = twins(next(case for case in CASES if case.method == "IA3"))
+    batch = torch.randn(3, 10)
     with pytest.raises(ValueError, match="mixes adapters of LoRA"):
         ours(batch, adapter_names=["default"] * 3)
+    with ours.disable_adapter():
+        base = results(ours, batch)
+    with torch.no_grad():
+        assert torch.equal(ours(batch, adapter_names=["__base__"] * 3), base)
+    assert not torch.equal(results(ours, batch), base)
+    theirs, ours = twins(next(case for case in CASES if case.method == "ADALORA" and case.model == "mlp"))
+    texts = []
+    for model in (theirs, ours):
+        with pytest.raises(TypeError) as error:
+            model(batch, adapter_names=["default"] * 3)
+        texts.append(str(error.value))
+    assert texts[1].startswith(texts[0])
+    refused(theirs, ours, batch, ["nobody"] * 3)
+    with ours.disable_adapter():
+        base = results(ours, batch)
+    with torch.no_grad():
+        assert torch.equal(ours(batch, adapter_names=["__base__"] * 3), base)
+    theirs, ours = twins(next(case for case in CASES if case.model == "attention"))
+    batch = next(case for case in CASES if case.model == "attention").batch()
+    texts = []
+    for model in (theirs, ours):
+        with pytest.raises(TypeError) as error:
+            model(batch, adapter_names=["default"] * len(batch))
+        texts.append(str(error.value))
+    assert texts[0] == texts[1]
 
 
 # -------------------------------------------------------------------- weighted adapters
