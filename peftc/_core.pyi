@@ -211,9 +211,13 @@ def lowrank_adder(
     noise: Callable[[Any, Any], Any],
     record: Callable[..., Any],
     /,
-) -> tuple[Callable[[Any, Any, Any, tuple[str, ...]], Any], Callable[[Any, Any, tuple[str, ...]], Any]]:
-    """Functions (layer, x, y, live) → y + Σ scaling · B(A(x)), and (layer, x, live) → base(x) + …; each gives None where
-    torch's own operations are needed."""
+) -> tuple[
+    Callable[[Any, Any, Any, tuple[str, ...]], Any],
+    Callable[[Any, Any, tuple[str, ...]], Any],
+    Callable[[Any, Any, tuple[tuple[str, int, int], ...]], Any],
+]:
+    """Functions (layer, x, y, live) → y + Σ scaling · B(A(x)), (layer, x, live) → base(x) + …, and (layer, x, parts) → the
+    same with an adapter for x[begin:end] each; each gives None where torch's own operations are needed."""
 
 def direct_calls(cls: type, watch: _Watch, answer: Callable[[Any, Any, tuple[str, ...]], Any] | None, /) -> None:
     """Let calls of the class's instances skip nn.Module.__call__ and `forward` where nothing would be between them: to the

@@ -6,6 +6,7 @@ without random initial values that something else overwrites.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -295,12 +296,15 @@ class AdaptedLayer(nn.Module):
 
 
 class Rows:
-    """The adapters of the rows of a mixed batch: `groups` has (name, where its rows are) for each of them."""
+    """The adapters of the rows of a mixed batch: `groups` has (name, where its rows are) for each of them, `parts` (name, begin,
+    end) of neighbours with the same."""
 
-    __slots__ = ("groups", "names")
+    __slots__ = ("groups", "names", "parts")
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
+        starts = [i for i, name in enumerate(self.names) if i == 0 or name != self.names[i - 1]]
+        self.parts = tuple((self.names[i], i, end) for i, end in pairwise([*starts, len(self.names)]))
         self.groups: list[tuple[str, slice | torch.Tensor]] = []
         for name in dict.fromkeys(names):
             rows = [i for i, other in enumerate(names) if other == name]

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import _core
 from .torch_layers import AdaptedLayer, Rows, dropout_module, number_puts
-from .torch_lowrank import adapted_linear, add_lowrank, add_plain
+from .torch_lowrank import adapted_linear, add_lowrank, add_plain, mixed_linear
 from .torch_stamps import Linear as PlainLinear
 from .torch_stamps import (
     ModuleDict,
@@ -242,7 +242,9 @@ class LoraLayer(AdaptedLayer):
         rows = self._peftc.rows if adapter_names is None else Rows(adapter_names)
         assert rows is not None  # one of the two says it
         rows.check(x)
-        result = self._modules["base_layer"](x, *args, **kwargs)
+        if not args and not kwargs and (made := self._mixed_in_c(x, rows)) is not None:
+            return made
+        result: torch.Tensor = self._modules["base_layer"](x, *args, **kwargs)
         dtype = result.dtype
         for name, where in rows.groups:
             if name in self.scaling:
@@ -251,6 +253,10 @@ class LoraLayer(AdaptedLayer):
                 if added is not part or not isinstance(where, slice):
                     result[where] = added.to(dtype)
         return result
+
+    def _mixed_in_c(self, x: torch.Tensor, rows: Rows) -> torch.Tensor | None:
+        """What `_mixed` gives in one call, or None where torch's operations are needed."""
+        return None
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         delta = self._product(adapter)
@@ -382,6 +388,9 @@ class Linear(LoraLayer):
                 plain.append(name)
         result = self._plain(x, result, plain)
         return result if result.dtype is dtype else result.to(dtype)
+
+    def _mixed_in_c(self, x: torch.Tensor, rows: Rows) -> torch.Tensor | None:
+        return None if is_compiling() else mixed_linear(self, x, rows.parts)
 
     def _plain(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor:
         if not names:

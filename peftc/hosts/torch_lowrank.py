@@ -175,9 +175,9 @@ def _noise(x: torch.Tensor, p: Any) -> torch.Tensor | None:
     return noise.bernoulli_(1 - p).div_(1 - p)
 
 
-#: add_plain(layer, x, y, live), adapted_linear(layer, x, live): the plain case in one call, or None; not to be called
-#: while compiling
-add_plain, adapted_linear = _core.lowrank_adder(
+#: add_plain(layer, x, y, live), adapted_linear(layer, x, live), mixed_linear(layer, x, parts): the plain case in one call, or
+#: None; not to be called while compiling
+add_plain, adapted_linear, mixed_linear = _core.lowrank_adder(
     Linear,
     nn.Identity,
     nn.Dropout,

@@ -120,19 +120,31 @@ static bool read_factors(call *c, PyObject *layer, PyObject *name, factors *out)
     return out->a != NULL && out->b != NULL && out->bias != NULL && scale != NULL && operand_number(scale, &out->scale);
 }
 
+/* layer.lora_A, borrowed. */
+static PyObject *downs_of(call *c, PyObject *layer)
+{
+    return layer_item(c, layer_own(c, layer, MODULES), PIECE(c, LORA_A));
+}
+
+/* Has the layer, whose lora_A is `downs`, anything of the adapter? */
+static bool holds(call *c, PyObject *downs, PyObject *name)
+{
+    return layer_item(c, layer_own(c, downs, MODULES), name) != NULL ||
+           layer_item(c, layer_own(c, downs, PARAMETERS), name) != NULL;
+}
+
 /* Of the adapters in `live`, those that the layer has; false for what is not the plain case. */
 static bool read_all(call *c, PyObject *layer, PyObject *live, factors *all, int *count)
 {
-    PyObject *children = layer_own(c, layer, MODULES), *a = layer_item(c, children, PIECE(c, LORA_A));
-    PyObject *modules = layer_own(c, a, MODULES), *parameters = layer_own(c, a, PARAMETERS);
+    PyObject *downs = downs_of(c, layer);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(live); i++) {
         PyObject *name = PyTuple_GET_ITEM(live, i);
-        if (layer_item(c, modules, name) == NULL && layer_item(c, parameters, name) == NULL)
-            continue; /* it has nothing on this layer */
+        if (!holds(c, downs, name))
+            continue;
         if (*count == MOST_TERMS / 2 || !read_factors(c, layer, name, &all[(*count)++]))
             return false;
     }
-    return a != NULL && !c->failed;
+    return downs != NULL && !c->failed;
 }
 
 static bool any_requires_grad(call *c, const factors *all, int count)
@@ -193,33 +205,40 @@ static bool any_drops(const factors *all, int count)
     return false;
 }
 
-/* The sum of `count` adapters in `result`, which may be y; false for what is not the plain case. */
-static bool sum_into(call *c, PyObject *x, PyObject *y, PyObject *result, const factors *all, int count)
+/* The sum of `count` adapters in `out`, which may be `sum`; false for what is not the plain case. */
+static bool sum_rows(call *c, pc_dtype dtype, const operand *rows, const operand *sum, const operand *out,
+                     const factors *all, int count)
 {
     pc_lowrank_term terms[MOST_TERMS];
     int used = 0;
-    pc_dtype dtype = PC_DTYPE_NONE;
-    operand rows, sum, out;
-    bool good = operand_take(c->state, x, &dtype, &rows) && operand_take(c->state, y, &dtype, &sum) &&
-                operand_take(c->state, result, &dtype, &out) && operands_fit(&rows, &sum, &out);
+    bool good = operands_fit(rows, sum, out);
     for (int i = 0; good && i < count; i++) {
         pc_lowrank_term *term = &terms[used++];
         PyObject *e = all[i].e != NULL ? all[i].e : Py_None;
-        good = operands_term(c->state, &dtype, &rows, &out, all[i].a, all[i].b, e, all[i].bias, term);
+        good = operands_term(c->state, &dtype, rows, out, all[i].a, all[i].b, e, all[i].bias, term);
         term->scale = all[i].scale;
         if (good && all[i].initial_a != NULL) {
             term = &terms[used++];
-            good = operands_term(c->state, &dtype, &rows, &out, all[i].initial_a, all[i].initial_b, Py_None, Py_None, term);
+            good = operands_term(c->state, &dtype, rows, out, all[i].initial_a, all[i].initial_b, Py_None, Py_None, term);
             term->scale = -all[i].scale;
         }
     }
     pc_error err;
-    pc_status status = good ? operands_run(c->state, dtype, &rows, &sum, &out, terms, used, NULL, &err) : PC_ERR_UNSUPPORTED;
+    pc_status status = good ? operands_run(c->state, dtype, rows, sum, out, terms, used, NULL, &err) : PC_ERR_UNSUPPORTED;
     if (status == PC_ERR_NOMEM) {
         peftc_raise(c->state, &err);
         c->failed = true;
     }
     return status == PC_OK;
+}
+
+/* The same of tensors; result may be y. */
+static bool sum_into(call *c, PyObject *x, PyObject *y, PyObject *result, const factors *all, int count)
+{
+    pc_dtype dtype = PC_DTYPE_NONE;
+    operand rows, sum, out;
+    return operand_take(c->state, x, &dtype, &rows) && operand_take(c->state, y, &dtype, &sum) &&
+           operand_take(c->state, result, &dtype, &out) && sum_rows(c, dtype, &rows, &sum, &out, all, count);
 }
 
 static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, const factors *all, int count)
@@ -293,6 +312,118 @@ static PyObject *answer(PyObject *self, PyObject *layer, PyObject *x, PyObject *
     return result != NULL ? result : Py_NewRef(Py_None);
 }
 
+/* -------------------------------------------------- rows of several adapters */
+
+/* What one adapter has here, and whose rows it is for: [begin, end) of the first dimension. */
+typedef struct part {
+    factors own;
+    long long begin, end;
+} part;
+
+/* Those of the parts (name, begin, end) that the layer has something for; false for what is not the plain case, with an
+ * exception for what is no part. */
+static bool read_parts(call *c, PyObject *layer, PyObject *x, PyObject *parts, long long rows, int64_t width, part *all,
+                       Py_ssize_t *count)
+{
+    PyObject *downs = downs_of(c, layer);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts); i++) {
+        part *next = &all[*count];
+        PyObject *name, *given = PyTuple_GET_ITEM(parts, i);
+        if (!PyTuple_Check(given)) {
+            PyErr_Format(PyExc_TypeError, "a part must be (name, begin, end), got %.200s", Py_TYPE(given)->tp_name);
+            return false;
+        }
+        if (!PyArg_ParseTuple(given, "OLL", &name, &next->begin, &next->end))
+            return false;
+        if (next->begin < 0 || next->end < next->begin || next->end > rows)
+            return false;
+        if (!holds(c, downs, name))
+            continue;
+        ++*count;
+        if (!read_factors(c, layer, name, &next->own) || next->own.p != NULL)
+            return false;
+        factors plain = next->own;
+        plain.bias = Py_None;
+        plain.initial_a = NULL;
+        if (!fits(c, x, &plain, width) || needs_grad(c, x, NULL, &next->own, 1))
+            return false;
+    }
+    return downs != NULL && !c->failed;
+}
+
+/* Rows [begin, end) of an operand whose first dimension has `each` rows per index. */
+static operand rows_of(const operand *all, long long begin, long long end, int64_t each)
+{
+    operand some = *all;
+    some.rows.data += (size_t)(begin * each * all->rows.stride) * pc_dtype_size(all->dtype);
+    some.rows.rows = (end - begin) * each;
+    return some;
+}
+
+/* The base layer's output, with what each part's adapter adds to its rows; NULL for what is not the plain case. */
+static PyObject *whole_of_parts(call *c, PyObject *layer, PyObject *x, PyObject *parts, part *all, Py_ssize_t *count)
+{
+    PyObject *base = layer_fresh_base(c, layer, PIECE(c, FRESH)), *weight, *bias, *result = NULL;
+    peftc_tensor tensor;
+    if (base == NULL || !peftc_nobody_watches(PIECE(c, WATCH), &c->failed) || !peftc_read_tensor(c->state, x, &tensor) ||
+        tensor.ndim < 2 || !layer_linear(c, base, x, &weight, &bias))
+        return NULL;
+    const int64_t indices = tensor.shape[0];
+    const int64_t width = peftc_read_tensor(c->state, weight, &tensor) ? tensor.shape[0] : 0;
+    pc_dtype dtype = PC_DTYPE_NONE;
+    operand rows, out;
+    bool good = indices > 0 && read_parts(c, layer, x, parts, indices, width, all, count) &&
+                !(layer_grad_enabled(c, PIECE(c, GRAD_ENABLED)) &&
+                  (layer_is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && layer_is_true(c, bias, REQUIRES_GRAD))));
+    if (good && !c->failed) {
+        PyObject *arguments[] = {x, weight, bias};
+        result = PyObject_Vectorcall(PIECE(c, LINEAR), arguments, 3, NULL);
+        c->failed = result == NULL;
+    }
+    good = result != NULL && operand_take(c->state, x, &dtype, &rows) && operand_take(c->state, result, &dtype, &out) &&
+           rows.rows.rows == out.rows.rows;
+    const int64_t each = good ? rows.rows.rows / indices : 0;
+    for (Py_ssize_t i = 0; good && i < *count; i++) {
+        const operand given = rows_of(&rows, all[i].begin, all[i].end, each);
+        const operand made = rows_of(&out, all[i].begin, all[i].end, each);
+        good = sum_rows(c, dtype, &given, &made, &made, &all[i].own, 1);
+    }
+    if (!good)
+        Py_CLEAR(result);
+    Py_DECREF(weight);
+    Py_DECREF(bias);
+    return result;
+}
+
+PyDoc_STRVAR(mixed_linear_doc,
+             "mixed_linear(layer, x, parts, /)\n--\n\n"
+             "As adapted_linear for a batch x (n, ..., in) whose rows have adapters of their own: `parts` has (name, begin, end) for\n"
+             "x[begin:end], and the rows that it leaves out are the base layer's.\n\n"
+             "Returns None, with nothing done, where adapted_linear would for one of them, and where there are gradients.\n"
+             "Raises MemoryError.");
+
+static PyObject *mixed_linear(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs != 3 || !PyTuple_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "mixed_linear() takes a layer, x, and a tuple of (name, begin, end)");
+        return NULL;
+    }
+    call c = {.self = self, .state = peftc_get_state(PyTuple_GET_ITEM(self, MODULE))};
+    Py_ssize_t count = 0;
+    part *all = PyMem_Calloc((size_t)PyTuple_GET_SIZE(args[2]) + 1, sizeof *all);
+    if (all == NULL)
+        return PyErr_NoMemory();
+    PyObject *result = whole_of_parts(&c, args[0], args[1], args[2], all, &count);
+    for (Py_ssize_t i = 0; i < count; i++)
+        forget(&all[i].own, 1);
+    PyMem_Free(all);
+    if (c.failed || PyErr_Occurred()) {
+        Py_XDECREF(result);
+        return NULL;
+    }
+    return result != NULL ? result : Py_NewRef(Py_None);
+}
+
 PyDoc_STRVAR(adapted_linear_doc,
              "adapted_linear(layer, x, live, /)\n--\n\n"
              "The output of the layer's frozen nn.Linear for x (..., in), and the sum over the adapters in the tuple `live` that\n"
@@ -330,11 +461,13 @@ static PyMethodDef add_lowrank_def = {"add_lowrank", (PyCFunction)(void (*)(void
                                       add_lowrank_doc};
 static PyMethodDef adapted_linear_def = {"adapted_linear", (PyCFunction)(void (*)(void))adapted_linear, METH_FASTCALL,
                                          adapted_linear_doc};
+static PyMethodDef mixed_linear_def = {"mixed_linear", (PyCFunction)(void (*)(void))mixed_linear, METH_FASTCALL,
+                                       mixed_linear_doc};
 
 PyDoc_STRVAR(lowrank_adder_doc,
              "lowrank_adder(factor, identity, dropout, fresh, watch, grad_enabled, empty_like, linear, noise, record, /)\n--\n\n"
-             "The functions add_lowrank(layer, x, y, live, /) and adapted_linear(layer, x, live, /) for layers whose A and B are\n"
-             "of the class `factor` (LoRA) or parameters (AdaLora).\n\n"
+             "The functions add_lowrank(layer, x, y, live, /), adapted_linear(layer, x, live, /) and mixed_linear(layer, x, parts, /)\n"
+             "for layers whose A and B are of the class `factor` (LoRA) or parameters (AdaLora).\n\n"
              "What they need of torch is given to them: nn.Identity, nn.Dropout, nn.Linear; who may watch the operations, as a tuple of\n"
              "functions that say so, one of containers that have items then, and forward_ad's dict; torch.is_grad_enabled,\n"
              "torch.empty_like, torch.nn.functional.linear; a function (x, p) → what dropout multiplies x with, or None; a\n"
@@ -348,7 +481,8 @@ static PyObject *lowrank_adder(PyObject *module, PyObject *const *args, Py_ssize
         PyErr_SetString(PyExc_TypeError, "lowrank_adder() takes four types, a tuple that says who watches, and five functions");
         return NULL;
     }
-    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, &add_lowrank_def, &adapted_linear_def);
+    static PyMethodDef *const made[] = {&add_lowrank_def, &adapted_linear_def, &mixed_linear_def, NULL};
+    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, made);
 }
 
 static PyMethodDef functions[] = {

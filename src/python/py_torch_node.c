@@ -225,7 +225,8 @@ static PyObject *lowrank_node(PyObject *module, PyObject *const *args, Py_ssize_
         PyErr_SetString(PyExc_TypeError, "lowrank_node() takes a tuple that says who watches, and seven functions");
         return NULL;
     }
-    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, &forward_def, &backward_def);
+    static PyMethodDef *const made[] = {&forward_def, &backward_def, NULL};
+    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, made);
 }
 
 static PyMethodDef functions[] = {

@@ -4,9 +4,9 @@
 
 #include "binding.h"
 
-/* (first, second): two functions whose `self` is a tuple: the module, the names as interned strings, the objects that are
- * given.  NULL with an exception. */
+/* A tuple of functions, of which `defs` has one each and then NULL, whose `self` is a tuple: the module, the names as interned
+ * strings, the objects that are given.  NULL with an exception. */
 PyObject *peftc_pieces_functions(PyObject *module, const char *const *names, int named, PyObject *const *given, int count,
-                                 PyMethodDef *first, PyMethodDef *second);
+                                 PyMethodDef *const *defs);
 
 #endif

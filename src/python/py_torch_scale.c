@@ -211,8 +211,8 @@ static PyObject *scale_node(PyObject *module, PyObject *const *args, Py_ssize_t 
         PyErr_SetString(PyExc_TypeError, "scale_node() takes a tuple that says who watches, and six functions");
         return NULL;
     }
-    return peftc_pieces_functions(module, node_names, NODE_GIVEN - 1, args, NODE_COUNT - NODE_GIVEN, &forward_def,
-                                  &backward_def);
+    static PyMethodDef *const made[] = {&forward_def, &backward_def, NULL};
+    return peftc_pieces_functions(module, node_names, NODE_GIVEN - 1, args, NODE_COUNT - NODE_GIVEN, made);
 }
 
 /* ------------------------------------------------------------- forward passes */
@@ -400,7 +400,8 @@ static PyObject *scale_adder(PyObject *module, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "scale_adder() takes a type, a tuple that says who watches, and four functions");
         return NULL;
     }
-    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, &scaled_linear_def, &scale_rows_def);
+    static PyMethodDef *const made[] = {&scaled_linear_def, &scale_rows_def, NULL};
+    return peftc_pieces_functions(module, names, GIVEN - 1, args, COUNT - GIVEN, made);
 }
 
 static PyMethodDef functions[] = {

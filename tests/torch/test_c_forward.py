@@ -17,6 +17,7 @@ from torch import nn
 import peftc
 from peftc import _core
 from peftc.hosts import torch_adalora, torch_lora, torch_lowrank
+from peftc.hosts.torch_layers import Rows
 
 
 class Model(peftc.PeftAdapterMixin, nn.Module):
@@ -399,13 +400,15 @@ def test_what_a_watcher_raises_is_raised():
 
     watch: Any = ((watcher,), (), torch.autograd.forward_ad.__dict__)
     pieces: Any = (torch_lowrank.Linear, nn.Identity, nn.Dropout, nn.Linear, watch)
-    add, linear = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like, print, print, print)
+    add, linear, mixed_rows = _core.lowrank_adder(*pieces, torch.is_grad_enabled, torch.empty_like, print, print, print)
     model = adapted()
     x = torch.randn(2, 6)
     with torch.no_grad(), pytest.raises(OSError, match="no"):
         add(model.fc, x, model.fc.base_layer(x), ("a0",))
     with pytest.raises(OSError, match="no"):
         linear(model.fc, x, ("a0",))
+    with pytest.raises(OSError, match="no"):
+        mixed_rows(model.fc, x, (("a0", 0, 2),))
 
 
 def test_no_reference_is_lost_or_kept():
@@ -420,6 +423,7 @@ def test_no_reference_is_lost_or_kept():
         before = [sys.getrefcount(one) for one in held]
         for _ in range(100):
             model(x)
+            model.fc(x, adapter_names=["a1"])
         assert [sys.getrefcount(one) for one in held] == before
 
 
@@ -449,3 +453,78 @@ def test_adapters_come_and_go_while_others_compute():
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def mixed(model: Model, x: Any, names: list[str]) -> Any:
+    """What `expected` is for each row with its own adapter."""
+    rows = []
+    for i, name in enumerate(names):
+        if name == "__base__":
+            rows.append(model.fc.base_layer(x[i : i + 1]))
+        else:
+            model.set_adapter(name)
+            rows.append(expected(model, x[i : i + 1]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 6), (6, 3, 6), (6, 2, 2, 6)], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a0", "a1", "a2", "a0", "a1", "a2"],
+        ["__base__", "a0", "a0", "__base__", "a2", "__base__"],
+        ["__base__"] * 6,
+        ["a1"] * 6,
+    ],
+    ids=["in turn", "with the base", "the base", "one"],
+)
+def test_rows_of_several_adapters(dtype, shape, names):
+    half = dtype is torch.float16
+    model = adapted({}, {"lora_bias": True}, {} if half else {"init_lora_weights": "pissa"}, dtype=dtype)
+    x = torch.randn(shape).to(dtype)
+    parts = Rows(names).parts
+    with torch.no_grad():
+        want = mixed(model, x, names)
+        result = torch_lowrank.mixed_linear(model.fc, x, parts)
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+        assert torch.allclose(result, want, atol=tolerance, rtol=tolerance)
+        assert torch.equal(model.fc(x, adapter_names=names), result)
+
+
+def test_adapters_that_are_not_on_this_layer_leave_rows_to_the_base():
+    model = adapted({})
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        result = torch_lowrank.mixed_linear(model.fc, x, (("other", 0, 1), ("a0", 1, 2)))
+        assert torch.equal(result[0], model.fc.base_layer(x)[0]) and torch.allclose(result[1], expected(model, x)[1])
+
+
+@pytest.mark.parametrize("what", ["grad", "dora", "dropout", "hook", "hook on the base", "vector", "empty", "too many"])
+def test_mixed_rows_that_are_left_to_torch(what):
+    model = adapted({"use_dora": what == "dora", "lora_dropout": 0.5 if what == "dropout" else 0.0}, {})
+    x = torch.randn({"vector": (6,), "empty": (0, 6)}.get(what, (2, 6)))
+    parts = [("a0", 0, 1), ("a1", 1, 3 if what == "too many" else 2)]
+    if what == "dropout":
+        model.train()
+    elif what == "hook":
+        hook_on_a(model)
+    elif what == "hook on the base":
+        model.fc.base_layer.register_forward_hook(lambda *args: None)
+    with torch.set_grad_enabled(what == "grad"):
+        assert torch_lowrank.mixed_linear(model.fc, x, tuple(parts)) is None
+        if what == "grad":
+            model.fc(x, adapter_names=["a0", "a1"]).sum().backward()
+            assert model.fc.lora_A["a0"].weight.grad is not None
+
+
+@pytest.mark.parametrize("parts", [("a0",), (("a0", 0),), (("a0", "0", 1),), (("a0", 0, 1 << 70),)], ids=str)
+def test_mixed_parts_that_are_none(parts):
+    model = adapted({})
+    with torch.no_grad(), pytest.raises((TypeError, OverflowError)):
+        torch_lowrank.mixed_linear(model.fc, torch.randn(2, 6), parts)
+    for bounds in ((-1, 1), (1, 0), (0, 3)):
+        with torch.no_grad():
+            assert torch_lowrank.mixed_linear(model.fc, torch.randn(2, 6), (("a0", *bounds),)) is None
+    with pytest.raises(TypeError, match="mixed_linear"):
+        torch_lowrank.mixed_linear(model.fc, torch.randn(2, 6), ["a0"])
