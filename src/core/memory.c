@@ -1,14 +1,13 @@
 #define _DEFAULT_SOURCE
 #include "memory.h"
 
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #ifdef PC_TEST_HOOKS
-#include <stdatomic.h>
-
 static _Thread_local long fail_countdown;
 static _Thread_local bool fail_happened;
 static _Thread_local bool is_spared; /* the thread that armed the failures of others */
@@ -84,6 +83,46 @@ void pc_free(void *piece)
 {
     count_free(piece);
     free(piece);
+}
+
+/* Before a piece of scratch: how large it is. */
+#define HEAD PC_ALIGNMENT
+
+#ifdef PC_TEST_HOOKS
+#define MOST_KEPT 0 /* leaks are counted, and sanitizers are to see the end of each piece */
+#else
+#define MOST_KEPT ((size_t)4 << 20)
+#endif
+enum { KEPT = 8 };
+static _Atomic(size_t *) kept[KEPT];
+
+void *pc_scratch_take(size_t bytes)
+{
+    for (int i = 0; i < KEPT && bytes <= MOST_KEPT; i++) {
+        size_t *piece = atomic_exchange(&kept[i], NULL);
+        if (piece != NULL && *piece >= bytes)
+            return (char *)piece + HEAD;
+        pc_free(piece); /* the larger one that comes instead will do for both */
+    }
+    size_t whole;
+    size_t *made = pc_add_size(bytes, HEAD, &whole) ? pc_malloc(whole) : NULL;
+    if (made == NULL)
+        return NULL;
+    *made = bytes;
+    return (char *)made + HEAD;
+}
+
+void pc_scratch_leave(void *piece)
+{
+    if (piece == NULL)
+        return;
+    size_t *whole = (size_t *)(void *)((char *)piece - HEAD);
+    for (int i = 0; i < KEPT && *whole <= MOST_KEPT && MOST_KEPT > 0; i++) {
+        size_t *none = NULL;
+        if (atomic_compare_exchange_strong(&kept[i], &none, whole))
+            return;
+    }
+    pc_free(whole);
 }
 
 char *pc_strndup(const char *text, size_t len)

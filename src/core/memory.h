@@ -21,6 +21,12 @@ void *pc_realloc(void *old, size_t bytes);    /* on failure the old piece stays 
 void pc_free(void *piece);                    /* NULL is allowed */
 char *pc_strndup(const char *text, size_t len);
 
+/* For what one call needs while it runs: as pc_malloc and pc_free, but a few pieces, of 4 MB each at most, stay for the calls
+ * to come.  Given back to the heap each time, they would go back to the system from its end, and have their pages zeroed
+ * again by the next call.  Any thread may use them. */
+void *pc_scratch_take(size_t bytes);
+void pc_scratch_leave(void *piece);
+
 /* Overflow-checked arithmetic: false and *out untouched when it does not fit. */
 static inline bool pc_mul_size(size_t a, size_t b, size_t *out)
 {

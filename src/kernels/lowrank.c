@@ -57,7 +57,7 @@ static void *pack_weights(pc_runtime *rt, pc_lowrank_job *job)
         pc_mul_size((size_t)(up ? pieces_of(job->n, lanes) * lanes : 0), (size_t)ranks + 1, &floats_b) &&
         pc_add_size(floats_a, floats_b, &bytes) && pc_mul_size(bytes, sizeof(float), &bytes) &&
         pc_add_size(bytes, PC_ALIGNMENT, &bytes))
-        room = pc_malloc(bytes);
+        room = pc_scratch_take(bytes);
     if (room != NULL) {
         float *a = (float *)(void *)pc_align_up((uintptr_t)room);
         pack_work pack = {.job = job, .panels_a = panels_a, .a = a, .b = a + floats_a};
@@ -78,7 +78,7 @@ static void run_rows(pc_runtime *rt, pc_lowrank_job *job)
     else
         pc_parallel_for(rt, pieces_of(job->rows, UNIT), grain_of(work), rows_range, job);
     job->packed_a = job->packed_b = NULL;
-    pc_free(room);
+    pc_scratch_leave(room);
 }
 
 static void columns_range(void *ctx, int64_t begin, int64_t end)
@@ -158,7 +158,7 @@ static bool run_chunks(pc_runtime *rt, pc_lowrank_job *back, pc_lowrank_job *low
     int64_t chunks = rows < MANY_ROWS ? FEW_CHUNKS : MOST_CHUNKS; /* joining their sums takes time, too */
     w.each = pc_max(CHUNK_ROWS, pieces_of(pieces_of(rows, chunks), UNIT) * UNIT);
     int64_t count = pieces_of(rows, w.each);
-    w.parts = pc_malloc((size_t)(count * w.stride) * sizeof *w.parts);
+    w.parts = pc_scratch_take((size_t)(count * w.stride) * sizeof *w.parts);
     if (w.parts == NULL)
         return false;
     void *packed = back != NULL ? pack_weights(rt, back) : NULL, *more = low != NULL ? pack_weights(rt, low) : NULL;
@@ -167,8 +167,8 @@ static bool run_chunks(pc_runtime *rt, pc_lowrank_job *back, pc_lowrank_job *low
         chunk_range(&w, 0, 1);
     else
         pc_parallel_for(rt, count, grain_of(work), chunk_range, &w);
-    pc_free(packed);
-    pc_free(more);
+    pc_scratch_leave(packed);
+    pc_scratch_leave(more);
     const pc_outer_job *all[] = {da, db};
     for (int i = 0; i < 2; i++) {
         if (all[i] == NULL)
@@ -181,7 +181,7 @@ static bool run_chunks(pc_runtime *rt, pc_lowrank_job *back, pc_lowrank_job *low
         pc_parallel_for(rt, pieces_of(all[i]->n, COLUMN_UNIT), grain_of((double)(count * ranks * COLUMN_UNIT)), join_range,
                         &join);
     }
-    pc_free(w.parts);
+    pc_scratch_leave(w.parts);
     return true;
 }
 
@@ -191,7 +191,7 @@ static void *scratch(int64_t rows, int64_t cols, size_t size, pc_error *err)
     size_t bytes;
     void *room = NULL;
     if (pc_mul_size((size_t)rows, (size_t)cols, &bytes) && pc_mul_size(bytes, size, &bytes))
-        room = pc_malloc(bytes);
+        room = pc_scratch_take(bytes);
     if (room == NULL)
         pc_fail_nomem(err, "the scratch of a low-rank product");
     return room;
@@ -231,7 +231,7 @@ static pc_status forward_f64(pc_runtime *rt, int64_t m, int64_t n, int64_t k, co
         for (int64_t i = 0; i < m && term->bias != NULL; i++)
             pc_rows_f64.axpy(n, term->scale, term->bias, out + i * ldo);
     }
-    pc_free(h);
+    pc_scratch_leave(h);
     return status;
 }
 
@@ -321,7 +321,7 @@ pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n,
     void *u = NULL, *h = NULL;
     if (((kept || dt == PC_F64) && (u = scratch(m, r, size, err)) == NULL) ||
         (computed && (h = scratch(m, r, size, err)) == NULL)) {
-        pc_free(u);
+        pc_scratch_leave(u);
         return PC_ERR_NOMEM;
     }
     pc_status status = PC_OK;
@@ -368,8 +368,8 @@ pc_status pc_lowrank_backward(pc_runtime *rt, pc_dtype dt, int64_t m, int64_t n,
         if (de != NULL)
             rank_sums(dt, m, r, u, computed ? h : hidden, term->scale, de);
     }
-    pc_free(u);
-    pc_free(h);
+    pc_scratch_leave(u);
+    pc_scratch_leave(h);
     return status;
 }
 
@@ -392,7 +392,7 @@ static pc_status to_weight_f64(pc_runtime *rt, int64_t n, int64_t k, const doubl
                                         ldo, err)
                               : pc_gemm(rt, PC_F64, false, false, n, k, r, term->scale, left, r, term->a, k, 1.0, out,
                                         ldo, err);
-    pc_free(b);
+    pc_scratch_leave(b);
     return status;
 }
 
