@@ -1,9 +1,11 @@
 """One adapter on a torch model: the layers that it is in, and its tensors, put into them and taken out by the hundred."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, compress, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -116,8 +118,8 @@ def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:
 class Tensors:
     """An adapter's tensors, slot after slot.
 
-    No tensor is a view of another as autograd sees it: each has a version of its own, so that writing to one parameter says
-    nothing of the others.
+    They lie in one block, but each has a storage of its own over its part of that, and a version of its own: what writes a
+    state dict takes tensors with one storage for one tensor under several names, and keeps one of them.
     """
 
     def __init__(self, tensors: list[torch.Tensor], parameters: list[str], counts: list[int]) -> None:
@@ -126,15 +128,9 @@ class Tensors:
     @classmethod
     def over(cls, arena: Any, groups: Any, parameters: list[str], slots: Sequence[Any]) -> "Tensors":
         """Over the core's arena, which may still be without its values."""
-        memory = torch.from_numpy(arena) if arena.size else torch.empty(0, dtype=torch.uint8)
         tensors: list[Any] = [None] * len(parameters)
-        flat: dict[str, torch.Tensor] = {}
         for _, dtype, shape, offsets, indices in groups:
-            whole = flat.get(dtype)
-            if whole is None:
-                kind = FROM_NAME[dtype]
-                whole = flat[dtype] = memory[: memory.numel() // kind.itemsize * kind.itemsize].view(kind)
-            for index, tensor in zip(indices, _pieces(whole, shape, offsets), strict=True):
+            for index, tensor in zip(indices, _pieces(arena, FROM_NAME[dtype], shape, offsets), strict=True):
                 tensors[index] = tensor
         return cls(tensors, parameters, [slot[6] for slot in slots])
 
@@ -178,24 +174,15 @@ class Tensors:
         return list(pairwise(accumulate(self._counts, initial=0)))
 
 
-def _pieces(whole: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> Sequence[torch.Tensor]:
-    """Tensors of one shape over a flat one, at these places (in bytes)."""
-    first, count, strides = offsets[0] // whole.itemsize, len(offsets), _packed_strides(shape)
-    rows = shape[0] if shape else 0
-    size = rows * strides[0] * whole.itemsize if shape else 0
-    if size and offsets == list(range(offsets[0], offsets[0] + count * size, size)):
-        together = whole.as_strided((count * rows, *shape[1:]), strides, first)
-        return together.unsafe_split(rows)
-    made = []
-    for offset in offsets:
-        tensor = whole.new_empty(0)
-        made.append(tensor.set_(whole.untyped_storage(), offset // whole.itemsize, shape, strides))
+def _pieces(arena: Any, kind: torch.dtype, shape: tuple[int, ...], offsets: list[int]) -> list[torch.Tensor]:
+    """Tensors of one shape over the arena's memory, at these places (in bytes)."""
+    array: Any = np.dtype(np.uint16) if kind is torch.bfloat16 else np.dtype(str(kind).removeprefix("torch."))
+    first, count, size = offsets[0], len(offsets), math.prod(shape) * array.itemsize
+    if size and offsets == list(range(first, first + count * size, size)):
+        whole = arena[first : first + count * size].view(array).reshape(count, *shape)
+        made = list(map(torch.from_numpy, whole))
+    else:
+        made = [torch.from_numpy(arena[at : at + size].view(array).reshape(shape)) for at in offsets]
+    if kind is torch.bfloat16:  # `data` is no view
+        return [tensor.view(kind).data for tensor in made]
     return made
-
-
-def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, strides = 1, []
-    for extent in reversed(shape):
-        strides.append(stride)
-        stride *= max(extent, 1)
-    return tuple(reversed(strides))

@@ -28,7 +28,7 @@ def save_file(tensors: dict[str, torch.Tensor], path: str) -> None:
         arrays = {name: _as_array(tensor) for name, tensor in compact.items()}
         _core.safetensors_save_file(arrays, path, {"format": "pt"})
         return
-    # Tensors of one arena share its storage; the official writer wants each to have its own.
+    # The official writer wants each tensor to have a storage of its own, which what callers give need not have.
     separate = {name: tensor.clone() for name, tensor in compact.items()}
     handle, temporary = tempfile.mkstemp(prefix=".peftc-", dir=os.path.dirname(os.path.abspath(path)))
     try:

@@ -1,14 +1,17 @@
-"""The tensors of an adapter: views of one block of memory that know nothing of each other."""
+"""The tensors of an adapter: parts of one block of memory that know nothing of each other."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from accelerate import Accelerator
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 import peftc
@@ -50,12 +53,14 @@ def adapter_parameters(model: Model) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_one_block_of_disjoint_tensors(method, dtype):
     found = adapter_parameters(adapted(method, dtype))
-    assert len({p.untyped_storage().data_ptr() for p in found.values()}) == 1
     spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in found.values())
+    assert spans[-1][1] - spans[0][0] <= sum(end - begin + 64 for begin, end in spans)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     for name, p in found.items():
         assert type(p) is nn.Parameter and p.is_leaf and not p._is_view() and p.is_contiguous(), name
         assert p.data_ptr() % 64 == 0, name
+        storage = p.untyped_storage()
+        assert (storage.data_ptr(), storage.size()) == (p.data_ptr(), p.numel() * p.element_size()), name
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -113,3 +118,60 @@ def test_layers_have_the_extents_of_their_base():
     model = adapted("lora")
     assert (model.head.in_features, model.head.out_features) == (16, 5)
     assert not hasattr(peftc.hosts.torch_layers.AdaptedLayer.around([nn.Identity()], None)[0], "in_features")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_what_takes_one_storage_for_one_tensor_loses_none(method, dtype, tmp_path):
+    """accelerate's checkpoints, and safetensors' functions for models, leave out tensors that share a storage."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(adapted(method, dtype))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accelerator.save_state(tmp_path)
+    accelerator.save_model(model, tmp_path / "model")
+    save_model(model, tmp_path / "all.safetensors")
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+
+    def disturb():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+
+    for load in (
+        lambda: accelerator.load_state(tmp_path),
+        lambda: load_model(model, tmp_path / "all.safetensors"),
+        lambda: model.load_state_dict(load_file(tmp_path / "model" / "model.safetensors")),
+        lambda: model.load_state_dict(load_file(tmp_path / "state.safetensors")),
+    ):
+        disturb()
+        load()
+        assert list(model.state_dict()) == list(state)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_one_tensor_is_saved_alone(tmp_path):
+    model = adapted("lora")
+    torch.save(next(iter(adapter_parameters(model).values())).data, tmp_path / "one.pt")
+    torch.save(model.get_adapter_state_dict(), tmp_path / "all.pt")
+    one, every = ((tmp_path / name).stat().st_size for name in ("one.pt", "all.pt"))
+    assert one < every / 3
+
+
+def test_memory_stays_with_its_last_tensor():
+    model = adapted("lora")
+    last = next(iter(adapter_parameters(model).values())).data
+    want = last.clone()
+    model.delete_adapter("default")
+    del model
+    gc.collect()
+    assert torch.equal(last, want)
+
+
+def test_an_adapter_of_other_ranks_and_none():
+    """What is not evenly spaced, and what has no elements."""
+    model = Model()
+    model.add_adapter(peftc.LoraConfig(target_modules=["0", "1", "2", "head"], r=3, rank_pattern={"1": 5}))
+    for parameter in adapter_parameters(model).values():
+        assert parameter.untyped_storage().size() == parameter.numel() * parameter.element_size() > 0
+    model(torch.randn(2, 16)).sum().backward()
