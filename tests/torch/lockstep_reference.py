@@ -224,18 +224,19 @@ class Reference:
     def load(self, folder, name, **options) -> None:
         """Difference: low_cpu_mem_usage changes nothing but memory."""
         options.pop("low_cpu_mem_usage", None)
-        before, ends = self._begin(), self._ends()
+        before = self._begin()
+        places = [(module, field, p) for module in self.model.modules() for field, p in module._parameters.items()]
         trainable = {}
         if isinstance(self.model, PreTrainedModel) and V5 and options.get("peft_config") is not None:
             trainable = {"is_trainable": not options["peft_config"].inference_mode}
         with _heads_follow(), _conflicts_are_real(), _gathered() as texts:
             info = self.model.load_adapter(folder, name, **trainable, **options)
-        for module, weight in ends.items():
-            if module.weight is not weight:
-                # Difference: Transformers 5 puts a new parameter in its place, which is not tied any more, and is
-                # trained with an adapter that is loaded to be trained.
-                weight.data = module.weight.data
-                module.weight = weight
+        for module, field, parameter in places:
+            if parameter is not None and module._parameters[field] is not parameter:
+                # Difference: Transformers 5 puts a new parameter in the place of a base parameter that is in the file. It
+                # is not tied any more, and is trained with an adapter that is loaded to be trained.
+                parameter.data = module._parameters[field].data
+                module._parameters[field] = parameter
         name = "default" if name is None else name
         if info is None:
             self._log_missing(name, options.get("adapter_state_dict"), "".join(texts))
@@ -259,18 +260,6 @@ class Reference:
         else:
             self.awake.add(name)
         self._adopt(name, config, before)
-
-    def _ends(self) -> dict[nn.Module, nn.Parameter]:
-        """The embeddings at both ends of a model of Transformers, with their weights."""
-        model, ends = self.model, {}
-        for end in (
-            (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else ()
-        ):
-            while (inner := getattr(end, "base_layer", None) or getattr(end, "original_module", None)) is not None:
-                end = inner
-            if end is not None:
-                ends[end] = end.weight
-        return ends
 
     def _log_missing(self, name, state, text) -> None:
         """Difference: what a state dict lacks of an IA3 or LoHa adapter is logged, too."""
