@@ -41,10 +41,27 @@ extern struct PyModuleDef peftc_module;
 
 static inline peftc_state *peftc_get_state(PyObject *module) { return (peftc_state *)PyModule_GetState(module); }
 
+/* The module that the type, or what it is derived from, was made for; borrowed, NULL with an exception set. */
+static inline PyObject *peftc_module_of_type(PyTypeObject *type)
+{
+#if PY_VERSION_HEX >= 0x030b0000
+    return PyType_GetModuleByDef(type, &peftc_module);
+#else
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(type->tp_mro); i++) {
+        PyTypeObject *base = (PyTypeObject *)PyTuple_GET_ITEM(type->tp_mro, i);
+        PyObject *module = PyType_HasFeature(base, Py_TPFLAGS_HEAPTYPE) ? ((PyHeapTypeObject *)base)->ht_module : NULL;
+        if (module != NULL && PyModule_GetDef(module) == &peftc_module)
+            return module;
+    }
+    PyErr_Format(PyExc_TypeError, "%.200s is no type of peftc's", type->tp_name);
+    return NULL;
+#endif
+}
+
 /* The state from an instance of one of our heap types; NULL with an exception set. */
 static inline peftc_state *peftc_state_of_type(PyTypeObject *type)
 {
-    PyObject *module = PyType_GetModuleByDef(type, &peftc_module);
+    PyObject *module = peftc_module_of_type(type);
     return module != NULL ? peftc_get_state(module) : NULL;
 }
 
