@@ -8,10 +8,29 @@ from torch.nn.modules.module import _IncompatibleKeys
 from .. import _prepare
 from .._sources import new_key, read_weights, renamed
 from ..config import PeftConfig
-from ..hub import DOWNLOAD_ARGUMENTS, AdapterFiles
+from ..hub import CONFIG_NAME, DOWNLOAD_ARGUMENTS, AdapterFiles
 from . import torch_files
 from .torch_inject import attachment, prefix_of
 from .torch_state import PREFIX
+
+
+class _Files(AdapterFiles):
+    """An adapter's files; what is not there is a ValueError that begins as PEFT's."""
+
+    def config(self) -> str:
+        try:
+            return super().config()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{self.location}': {error}") from error
+
+    def weights(self, prefer_bin: bool = False) -> str:
+        try:
+            return super().weights(prefer_bin)
+        except (FileNotFoundError, ValueError) as error:
+            place = self.location
+            raise ValueError(
+                f"Can't find weights for {place} in {place} or in the Hugging Face Hub. {error}"
+            ) from error
 
 
 def files_of(model_id: Any, kwargs: dict[str, Any]) -> tuple[AdapterFiles, bool]:
@@ -19,7 +38,7 @@ def files_of(model_id: Any, kwargs: dict[str, Any]) -> tuple[AdapterFiles, bool]
     options = {key: value for key, value in kwargs.items() if key in DOWNLOAD_ARGUMENTS}
     if kwargs.get("use_auth_token") is not None:
         options.setdefault("token", kwargs["use_auth_token"])
-    return AdapterFiles(model_id, **options), bool(kwargs.get("ignore_mismatched_sizes", False))
+    return _Files(model_id, **options), bool(kwargs.get("ignore_mismatched_sizes", False))
 
 
 def method_in(path: str) -> str:

@@ -443,3 +443,29 @@ def test_what_would_adapt_nothing(fields):
             errors.append(info)
         assert errors[0].type is errors[1].type
         assert str(errors[0].value) == str(errors[1].value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    """ValueError that begins as PEFT's, wherever they were looked for."""
+    theirs, ours = pair("LORA")
+    (tmp_path / "empty").mkdir()
+    ours.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "adapter_model.safetensors").unlink()
+    for folder in ("nowhere", "empty"):
+        path = str(tmp_path / folder)
+        for library, model in ((peft, theirs), (peftc, ours)):
+            for call in (
+                lambda m=model, p=path: m.load_adapter(p, "other"),
+                lambda lib=library, p=path: lib.PeftModel.from_pretrained(MLP(), p),
+            ):
+                with pytest.raises(ValueError, match=f"^Can't find 'adapter_config.json' at '{path}'"):
+                    call()
+    for path in (str(tmp_path / "nowhere"), str(tmp_path / "bare")):
+        for library, model in ((peft, theirs), (peftc, ours)):
+            with pytest.raises(ValueError):
+                model.load_adapter(path, "default")
+            with pytest.raises(ValueError):
+                library.PeftModel.from_pretrained(MLP(), path, config=CONFIGS["LORA"](library))
+    with pytest.raises(ValueError, match="^Can't find weights for .*bare.* has neither"):
+        ours.load_adapter(str(tmp_path / "bare"), "other")
+    assert list(ours.peft_config) == ["default"]
