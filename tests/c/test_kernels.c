@@ -4,6 +4,7 @@
 #include "kernels_reference.h"
 
 #include "../../src/kernels/mersenne.h"
+#include "../../src/kernels/scale.h"
 #include "../../src/kernels/table.h"
 
 #include <pthread.h>
@@ -694,6 +695,43 @@ TEST(mersenne_twister_gives_its_known_answers)
     }
 }
 
+TEST(rows_times_a_vector)
+{
+    pc_error err;
+    for (int trial = 0; trial < 200; trial++) {
+        pc_dtype dt = all_dtypes[below(4)], vdt = pc_dtype_size(dt) == 2 && below(2) ? PC_F32 : dt;
+        int64_t m = below(4) == 0 ? 300 + below(200) : extent(), n = below(8) == 0 ? 600 : extent(), ld = n + below(3);
+        int64_t last = m > 0 ? (m - 1) * ld + n : 0;
+        pc_runtime *r = below(2) ? rt : NULL;
+        double bound = dt == PC_F64 ? 1e-13 : dt == PC_F32 ? 1e-5 : 1e-2;
+        void *x = buffer(dt, last), *grad = buffer(dt, last), *v = buffer(vdt, n), *y = buffer(dt, last), *dv = buffer(vdt, n);
+        pc_rows_scale(r, dt, m, n, x, ld, vdt, v, y, ld);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < n; j++)
+                CHECK(fabs(pc_get_double(dt, y, i * ld + j) - pc_get_double(dt, x, i * ld + j) * pc_get_double(vdt, v, j)) <=
+                      bound);
+        void *dx = below(2) ? grad : y, *before = copy_of(dt, grad, last);
+        CHECK_STATUS(pc_rows_scale_back(r, dt, m, n, grad, ld, x, ld, vdt, v, dx, ld, dv, &err), PC_OK);
+        for (int64_t j = 0; j < n; j++) {
+            double sum = 0.0;
+            for (int64_t i = 0; i < m; i++) {
+                double g = pc_get_double(dt, before, i * ld + j);
+                sum += g * pc_get_double(dt, x, i * ld + j);
+                CHECK(fabs(pc_get_double(dt, dx, i * ld + j) - g * pc_get_double(vdt, v, j)) <= bound);
+            }
+            CHECK(fabs(pc_get_double(vdt, dv, j) - sum) <= bound * (1.0 + fabs(sum)));
+        }
+        memcpy(grad, before, (size_t)last * pc_dtype_size(dt));
+        long live = pc_test_live_allocations();
+        pc_test_fail_allocation(1); /* nothing is written then */
+        CHECK_STATUS(pc_rows_scale_back(r, dt, m, n, grad, ld, x, ld, vdt, v, grad, ld, dv, &err), PC_ERR_NOMEM);
+        pc_test_fail_allocation(0);
+        CHECK(memcmp(grad, before, (size_t)last * pc_dtype_size(dt)) == 0);
+        CHECK_INT(pc_test_live_allocations(), live);
+        free(x), free(grad), free(v), free(y), free(dv), free(before);
+    }
+}
+
 TEST(concurrent_calls)
 {
     pthread_t threads[4];
@@ -739,6 +777,7 @@ int main(void)
         RUN(lowrank_in_place);
         RUN(lowrank_gradients);
         RUN(lowrank_to_weight);
+        RUN(rows_times_a_vector);
         RUN(conversions);
         RUN(rows);
         RUN(activations);
