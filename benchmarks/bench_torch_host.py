@@ -127,6 +127,20 @@ def per_token(model, ids, tokens=5):
     return min(taken)
 
 
+def one_layer(sides, plain, calls=200):
+    """Seconds that an adapter adds to one layer, called again and again with one token."""
+    x = torch.randn(1, 1, plain.config.hidden_size)
+    layers = [model.model.layers[0].self_attn.q_proj for model in (plain, *(side.model for side in sides))]
+    taken = []
+    for layer in layers:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            layer(x)
+        taken.append((time.perf_counter() - begin) / calls)
+    for side, seconds in zip(sides, taken[1:], strict=True):
+        side.times.setdefault("1 token, one layer again and again", []).append(seconds - taken[0])
+
+
 def layer_cost(sides, base, rounds):
     """Seconds that one adapted layer adds to a forward pass of 1 × 1 token, active and disabled."""
     ids = torch.tensor([[1]])
@@ -146,6 +160,8 @@ def layer_cost(sides, base, rounds):
                 side.model.disable_adapters()
                 disabled = per_token(side.model, ids)
                 side.times.setdefault("1 token, per disabled layer", []).append((disabled - floor) / side.layers)
+                side.model.enable_adapters()
+            one_layer(sides, plain)
 
 
 def main():
@@ -182,11 +198,11 @@ def main():
         run(sides, 3, options.adapters, folder)
     layer_cost(sides, base, 60)
     print(f"{targets} linear layers, r=16, {options.adapters} adapters, {options.threads} threads; medians")
-    print(f"{'':48}{'PEFT':>12}{'peftc':>12}{'ratio':>10}")
+    print(f"{'':48}{'PEFT':>13}{'peftc':>13}{'ratio':>10}")
     for what in sides[0].times:
         theirs, mine = (statistics.median(side.times[what]) for side in sides)
         ratio = f"{theirs / mine:9.1f}x" if mine > 0 else "        -"
-        print(f"{what:48}{theirs * 1e3:9.3f} ms{mine * 1e3:9.3f} ms{ratio}")
+        print(f"{what:48}{theirs * 1e3:10.4f} ms{mine * 1e3:10.4f} ms{ratio}")
 
 
 if __name__ == "__main__":
