@@ -21,7 +21,13 @@ FUNCTIONS = sorted(name for name, node in STUB.items() if isinstance(node, ast.F
 CLASSES = sorted(name for name, node in STUB.items() if isinstance(node, ast.ClassDef))
 
 # Functions of builds with -DPC_TEST_HOOKS only.
-TEST_HOOKS = {"_fail_allocation", "_allocation_failed", "_live_allocations"}
+TEST_HOOKS = {
+    "_fail_allocation",
+    "_allocation_failed",
+    "_live_allocations",
+    "_fail_allocation_elsewhere",
+    "_no_threads",
+}
 # Slots whose wrappers CPython signs for all types alike; stubs say what ours take.
 SLOTS = {"__init__", "__new__", "__call__", "__getattribute__"}
 # What every type has, or what is there because the interpreter's tables say so.
