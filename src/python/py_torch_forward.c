@@ -164,17 +164,20 @@ static bool needs_grad(call *c, PyObject *x, PyObject *y, const factors *all, in
            (layer_is_true(c, x, REQUIRES_GRAD) || (y != NULL && layer_is_true(c, y, REQUIRES_GRAD)) || any_requires_grad(c, all, count));
 }
 
-/* Do x and the one adapter's factors go with outputs of `width` columns? */
+/* Do x and the one adapter's A, B and E go with outputs of `width` columns? */
 static bool fits(call *c, PyObject *x, const factors *one, int64_t width)
 {
     pc_dtype dtype = PC_DTYPE_NONE;
     operand rows, down, up, whole;
     void *e;
-    return one->bias == Py_None && one->initial_a == NULL && operand_take(c->state, x, &dtype, &rows) &&
-           operand_matrix(c->state, one->a, &dtype, &down) && operand_matrix(c->state, one->b, &dtype, &up) &&
-           down.rows.cols == rows.rows.cols && up.rows.rows == width && down.rows.rows == up.rows.cols &&
+    return operand_take(c->state, x, &dtype, &rows) && operand_matrix(c->state, one->a, &dtype, &down) &&
+           operand_matrix(c->state, one->b, &dtype, &up) && down.rows.cols == rows.rows.cols && up.rows.rows == width &&
+           down.rows.rows == up.rows.cols &&
            operand_vector(c->state, one->e != NULL ? one->e : Py_None, &dtype, down.rows.rows, true, &e, &whole);
 }
+
+/* Are they all that the adapter has here? The node of autograd takes no more. */
+static bool is_bare(const factors *one) { return one->bias == Py_None && one->initial_a == NULL; }
 
 /* The sum of one adapter such that autograd knows of it, a new reference; NULL without an exception where dropout is
  * torch's to do. */
@@ -250,7 +253,7 @@ static PyObject *add_all(call *c, PyObject *layer, PyObject *x, PyObject *y, con
         return NULL;
     int64_t width = tensor.ndim > 0 ? tensor.shape[tensor.ndim - 1] : 0;
     if (needs_grad(c, x, y, all, count))
-        return count == 1 && fits(c, x, &all[0], width) ? record(c, x, y, Py_None, Py_None, &all[0]) : NULL;
+        return count == 1 && is_bare(&all[0]) && fits(c, x, &all[0], width) ? record(c, x, y, Py_None, Py_None, &all[0]) : NULL;
     if (c->failed || any_drops(all, count) || !peftc_read_tensor(c->state, x, &tensor))
         return NULL;
     PyObject *result = layer_fresh_base(c, layer, PIECE(c, FRESH)) != NULL ? Py_NewRef(y) : PyObject_CallOneArg(PIECE(c, EMPTY_LIKE), y);
@@ -270,19 +273,15 @@ static PyObject *whole(call *c, PyObject *layer, PyObject *x, const factors *all
         return NULL;
     int64_t width = peftc_read_tensor(c->state, weight, &tensor) ? tensor.shape[0] : 0;
     bool grad = needs_grad(c, x, NULL, all, count);
-    if (!c->failed && (layer_is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && layer_is_true(c, bias, REQUIRES_GRAD)))) {
+    if (!c->failed && layer_is_trained(c, weight, bias)) {
         /* a base layer that is trained, too, is autograd's */
     } else if (!c->failed && grad) {
-        if (count == 1 && fits(c, x, &all[0], width))
+        if (count == 1 && is_bare(&all[0]) && fits(c, x, &all[0], width))
             result = record(c, x, Py_None, weight, bias, &all[0]);
     } else if (!c->failed) {
         bool good = !any_drops(all, count);
-        for (int i = 0; i < count; i++) {
-            factors plain = all[i];
-            plain.bias = Py_None;
-            plain.initial_a = NULL;
-            good = good && fits(c, x, &plain, width);
-        }
+        for (int i = 0; good && i < count; i++)
+            good = fits(c, x, &all[i], width);
         PyObject *arguments[] = {x, weight, bias};
         if (good)
             result = PyObject_Vectorcall(PIECE(c, LINEAR), arguments, 3, NULL);
@@ -305,11 +304,7 @@ static PyObject *answer(PyObject *self, PyObject *layer, PyObject *x, PyObject *
     if (read_all(&c, layer, live, all, &count))
         result = y != NULL ? add_all(&c, layer, x, y, all, count) : whole(&c, layer, x, all, count);
     forget(all, count);
-    if (c.failed || PyErr_Occurred()) {
-        Py_XDECREF(result);
-        return NULL;
-    }
-    return result != NULL ? result : Py_NewRef(Py_None);
+    return layer_answer(&c, result);
 }
 
 /* -------------------------------------------------- rows of several adapters */
@@ -342,10 +337,7 @@ static bool read_parts(call *c, PyObject *layer, PyObject *x, PyObject *parts, l
         ++*count;
         if (!read_factors(c, layer, name, &next->own) || next->own.p != NULL)
             return false;
-        factors plain = next->own;
-        plain.bias = Py_None;
-        plain.initial_a = NULL;
-        if (!fits(c, x, &plain, width) || needs_grad(c, x, NULL, &next->own, 1))
+        if (!fits(c, x, &next->own, width) || needs_grad(c, x, NULL, &next->own, 1))
             return false;
     }
     return downs != NULL && !c->failed;
@@ -373,8 +365,7 @@ static PyObject *whole_of_parts(call *c, PyObject *layer, PyObject *x, PyObject 
     pc_dtype dtype = PC_DTYPE_NONE;
     operand rows, out;
     bool good = indices > 0 && read_parts(c, layer, x, parts, indices, width, all, count) &&
-                !(layer_grad_enabled(c, PIECE(c, GRAD_ENABLED)) &&
-                  (layer_is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && layer_is_true(c, bias, REQUIRES_GRAD))));
+                !(layer_grad_enabled(c, PIECE(c, GRAD_ENABLED)) && layer_is_trained(c, weight, bias));
     if (good && !c->failed) {
         PyObject *arguments[] = {x, weight, bias};
         result = PyObject_Vectorcall(PIECE(c, LINEAR), arguments, 3, NULL);
@@ -417,11 +408,7 @@ static PyObject *mixed_linear(PyObject *self, PyObject *const *args, Py_ssize_t 
     for (Py_ssize_t i = 0; i < count; i++)
         forget(&all[i].own, 1);
     PyMem_Free(all);
-    if (c.failed || PyErr_Occurred()) {
-        Py_XDECREF(result);
-        return NULL;
-    }
-    return result != NULL ? result : Py_NewRef(Py_None);
+    return layer_answer(&c, result);
 }
 
 PyDoc_STRVAR(adapted_linear_doc,

@@ -77,3 +77,17 @@ bool layer_linear(call *c, PyObject *base, PyObject *x, PyObject **weight, PyObj
     *bias = Py_NewRef(b);
     return true;
 }
+
+bool layer_is_trained(call *c, PyObject *weight, PyObject *bias)
+{
+    return layer_is_true(c, weight, REQUIRES_GRAD) || (bias != Py_None && layer_is_true(c, bias, REQUIRES_GRAD));
+}
+
+PyObject *layer_answer(const call *c, PyObject *result)
+{
+    if (c->failed || PyErr_Occurred()) {
+        Py_XDECREF(result);
+        return NULL;
+    }
+    return result != NULL ? result : Py_NewRef(Py_None);
+}

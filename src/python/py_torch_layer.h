@@ -52,5 +52,9 @@ PyObject *layer_fresh_base(call *c, PyObject *layer, PyObject *fresh);
 /* The weight and the bias (None if there is none) of such a base layer, held, if they are plain tensors that go with x; false
  * for what is not the plain case. */
 bool layer_linear(call *c, PyObject *base, PyObject *x, PyObject **weight, PyObject **bias);
+/* Is such a base layer trained itself? */
+bool layer_is_trained(call *c, PyObject *weight, PyObject *bias);
+/* What a function answers: the result, which is taken over, None for NULL, or NULL with the exception that there is. */
+PyObject *layer_answer(const call *c, PyObject *result);
 
 #endif

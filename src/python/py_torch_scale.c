@@ -305,20 +305,11 @@ static PyObject *linear_and_vector(call *c, PyObject *x, PyObject *vector, PyObj
         part = product(c, x, vector, false);
         if (part != NULL)
             result = linear(c, part, weight, bias);
-    } else if (!needs_grad(c, of, 2) && !c->failed) { /* a base layer that is trained, too, is autograd's */
+    } else if (!layer_is_trained(c, weight, bias) && !c->failed) { /* a base layer that is trained, too, is autograd's */
         result = record(c, x, vector, weight, bias);
     }
     Py_XDECREF(part);
     return result;
-}
-
-static PyObject *answer(call *c, PyObject *result)
-{
-    if (c->failed || PyErr_Occurred()) {
-        Py_XDECREF(result);
-        return NULL;
-    }
-    return result != NULL ? result : Py_NewRef(Py_None);
 }
 
 PyDoc_STRVAR(scaled_linear_doc,
@@ -346,7 +337,7 @@ static PyObject *scaled_linear(PyObject *self, PyObject *const *args, Py_ssize_t
         Py_DECREF(bias);
     }
     Py_XDECREF(vector);
-    return answer(&c, result);
+    return layer_answer(&c, result);
 }
 
 PyDoc_STRVAR(scale_rows_doc,
@@ -380,7 +371,7 @@ static PyObject *scale_rows(PyObject *self, PyObject *const *args, Py_ssize_t na
                                        : NULL;
     }
     Py_XDECREF(vector);
-    return answer(&c, result);
+    return layer_answer(&c, result);
 }
 
 static PyMethodDef scaled_linear_def = {"scaled_linear", (PyCFunction)(void (*)(void))scaled_linear, METH_FASTCALL,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -16,3 +17,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[bool]]:
+    """A function (module, name) that lets calls of module.name note whether they did the work; the list is one for all."""
+    seen: list[bool] = []
+
+    def watch(module: Any, name: str) -> list[bool]:
+        fast = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            result = fast(*args)
+            seen.append(result is not None)
+            return result
+
+        monkeypatch.setattr(module, name, call)
+        return seen
+
+    return watch

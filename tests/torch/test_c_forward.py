@@ -30,24 +30,14 @@ class Model(peftc.PeftAdapterMixin, nn.Module):
 
 
 @pytest.fixture
-def done(monkeypatch) -> list[bool]:
+def done(monkeypatch, watched) -> list[bool]:
     """Whether each call of a fast way did the work: of the one with the base layer in it, and then of the one without."""
-    seen: list[bool] = []
-
-    def watched(fast: Any) -> Any:
-        def call(*args: Any) -> Any:
-            result = fast(*args)
-            seen.append(result is not None)
-            return result
-
-        return call
-
     # Calls come to `forward`, and with it to what is watched here: an assignment ends direct calls (test_direct_calls.py).
     monkeypatch.setattr(_core, "direct_calls", lambda *args: None)
     nn.Module.__call__ = nn.Module.__call__  # type: ignore[method-assign]
-    for name in ("add_plain", "adapted_linear"):
-        for module in (torch_lora, torch_adalora):
-            monkeypatch.setattr(module, name, watched(getattr(torch_lowrank, name)))
+    for module in (torch_lora, torch_adalora):
+        watched(module, "add_plain")
+        seen: list[bool] = watched(module, "adapted_linear")
     return seen
 
 
