@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,11 @@ def serve(cases: dict[str, Callable[[], object]]) -> None:
 class Worker:
     """A process that runs `serve`: this script again, with `arguments`."""
 
-    def __init__(self, script: str, arguments: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, script: str, arguments: Sequence[str], threads: int, variables: Mapping[str, str] | None = None
+    ) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment |= variables or {}
         command = [sys.executable, script, *arguments]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -4,7 +4,11 @@ Each implementation runs in a process of its own, in turn (alternate.py). The ba
 frozen weights down to the embeddings, which is what a step with adapters computes besides them; "added" is a step with
 adapters less the base step of the same process. The optimizer's step is the same for both and left out.
 
-    python benchmarks/bench_torch_train.py [--layers 8] [--width 256] [--rounds 15] [--threads 2]
+The heap keeps its memory between steps (KEEP). By default glibc gives the end of it back to the system, and every page
+that a step then needs again is a fault: whether a step of either side pays for none or for tens of thousands hangs on which
+small object happens to lie last, and hides what adapters add. `--heap default` leaves it so.
+
+    python benchmarks/bench_torch_train.py [--layers 8] [--width 256] [--rounds 15] [--threads 2] [--heap default]
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ CASES = {
     ),
     "AdaLora r=12, all linears": ("ADALORA", {"init_r": 12, "target_modules": ALL, "total_step": 100}),
 }
+
+
+KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 
 
 def worker(side: str, layers: int, width: int, threads: int) -> None:
@@ -118,12 +125,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, the smallest first")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--heap", choices=["keep", "default"], default="keep")
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker, options.layers, options.width, options.threads)
         return
-    sides = [Worker(__file__, [*sys.argv[1:], "--worker", side], options.threads) for side in ("ours", "theirs")]
+    variables = KEEP if options.heap == "keep" else {}
+    sides = [
+        Worker(__file__, [*sys.argv[1:], "--worker", side], options.threads, variables) for side in ("ours", "theirs")
+    ]
     print(f"{options.layers} layers × {options.width}, {options.threads} threads; milliseconds: median (best)\n")
     print(f"{'batch':9}{'':27}{'step':>16}{'PEFT':>16}{'ratio':>14}{'added':>16}{'PEFT':>16}{'ratio':>14}  quiet")
     for shape in list(SHAPES)[: options.shapes]:
