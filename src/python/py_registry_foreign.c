@@ -255,7 +255,7 @@ PyObject *registry_layout(PyObject *op, PyObject *arg)
         return NULL;
     pc_adapter_retain(adapter);
     plan p = {.core = self->core, .adapter = adapter};
-    pc_pool_init(&p.pool);
+    pc_pool_init_scratch(&p.pool); /* no mapping to take back: that would wait for the threads that fill the adapter's memory */
     pc_strmap_init(&p.groups);
     PyObject **const lists[] = {&p.keys, &p.modules, &p.parameters, &p.saved, &p.group_list, &p.slots};
     bool good = true;
