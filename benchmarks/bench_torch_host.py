@@ -205,7 +205,7 @@ def main():
         made = copy.deepcopy(base)
         made.add_adapter(lora(init_lora_weights=False))
         made.save_pretrained(folder)
-        run(sides, 3, options.adapters, folder)
+        run(sides, 9, options.adapters, folder)
     layer_cost(sides, base, 60)
     print(f"{targets} linear layers, r=16, {options.adapters} adapters, {options.threads} threads; medians")
     print(f"{'':48}{'PEFT':>13}{'peftc':>13}{'ratio':>10}")
