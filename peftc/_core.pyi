@@ -302,6 +302,9 @@ def pattern_search(pattern: str, subject: str, /) -> tuple[str | None] | None: .
 def manual_seed(seed: int, /) -> None:
     """Start the generator of fresh weights and dropout; `peftc.manual_seed` calls it."""
 
+def thread_seed(seed: int | None, /) -> None:
+    """Let this thread draw from a generator of its own, or (None) from the process's again."""
+
 def safetensors_layout(data: Buffer, label: str, /) -> list[tuple[str, str, tuple[int, ...], int, int]]:
     """Per tensor of a file given as a buffer: (name, dtype, shape, offset, bytes)."""
 

@@ -7,6 +7,7 @@ So a run that goes on from a checkpoint ends with the same bits as one that was 
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from ._random import _mix, next_seed
+from ._random import _mix
 
 #: Rows are sorted by length within so many batches, so that little is spent on padding.
 BATCHES_SORTED_TOGETHER = 16
@@ -57,6 +58,11 @@ def default_loss(output: Any, labels: np.ndarray) -> tuple[float, Any]:
     logits = getattr(output, "logits", output)
     if np.issubdtype(labels.dtype, np.integer):
         return F.cross_entropy(logits, labels)
+    if logits.size != labels.size:
+        raise ValueError(
+            f"labels of {labels.dtype} and shape {labels.shape} are values, of which the model gives {logits.shape}; "
+            "classes are integers"
+        )
     return F.mse_loss(logits.reshape(labels.shape), labels)
 
 
@@ -72,19 +78,22 @@ def evaluate(
     Returns:
         {"loss": …, "accuracy": …}; accuracy is NaN where labels are no classes.
     """
+    _check_counts(batch_size=batch_size)
     arrays, labels = _checked(model, data)
     loss = loss or default_loss
     was_training = model.training
     model.eval()
-    total, right, counted = 0.0, 0, 0
+    total, weights, right, counted = 0.0, 0, 0, 0
     try:
         lengths = _lengths(arrays)
         order = np.arange(len(labels)) if lengths is None else np.argsort(lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             output = model(**_batch(arrays, rows))
-            value, _ = loss(output, labels[rows])
-            total += value * len(rows)
+            weight = _weight(labels[rows], loss)
+            if weight:
+                total += loss(output, labels[rows])[0] * weight
+                weights += weight
             logits = np.asarray(getattr(output, "logits", output))
             if np.issubdtype(labels.dtype, np.integer) and logits.shape[:-1] == labels[rows].shape:
                 valid = labels[rows] >= 0
@@ -92,7 +101,7 @@ def evaluate(
                 counted += int(valid.sum())
     finally:
         model.train(was_training)
-    return {"loss": total / len(labels), "accuracy": right / counted if counted else math.nan}
+    return {"loss": total / weights if weights else math.nan, "accuracy": right / counted if counted else math.nan}
 
 
 def train(
@@ -132,10 +141,10 @@ def train(
     Args:
         model: see above. It is in train mode while this runs, and afterwards in the mode that it was in.
         data: name → array with one row per example. "labels" go to the loss, everything else to the model by name. With an
-            "attention_mask" batches are cut to their longest row.
-        epochs: passes over the data; max_steps: optimizer steps instead.
+            "attention_mask" batches are cut to their longest row. Labels that are True or False are the classes 1 and 0.
+        epochs: passes over the data; max_steps: optimizer steps instead. 0 does nothing.
         batch_size: rows of a step; accumulate: the number of parts that they are computed in, to save memory. The result is
-            that of the whole batch.
+            that of the whole batch, but for rounding and for what dropout draws.
         lr: the highest learning rate; schedule: "linear" or "cosine" down to 0, or "constant"; warmup: steps up to lr, or
             below 1 their share.
         max_grad_norm: gradients together are scaled down to this norm; None: they are not.
@@ -149,8 +158,10 @@ def train(
         checkpoint: a folder for checkpoints: one every checkpoint_every steps (None: after every epoch) and at the end, of
             which the last `keep` stay. Each is a folder `step-…` with the adapter as PEFT has it, and what training needs to
             go on. It takes its name when it is whole: a run that is killed leaves the last one whole. With resume=True a run
-            with the same settings goes on from the last checkpoint, to exactly the same result.
-        seed: of the order of rows and of dropout.
+            with the same settings, adapter, data and base model goes on from the last checkpoint, to exactly the same
+            result; resume=False begins anew, and replaces what is there. What is evaluated, saved and shown, accumulate
+            and the loss function may change.
+        seed: of the order of rows and of dropout. Other threads may train and draw meanwhile: this training has its own draws.
         group_by_length: put rows of like length into one batch, which saves padding.
         progress: show a bar; a text is shown in front of it.
 
@@ -158,23 +169,40 @@ def train(
     regularisation is part of the loss.
 
     Raises:
-        TypeError: a model of another host, or data that is no mapping.
+        TypeError: a model of another host, data that is no mapping, or labels that are no numbers.
         ValueError: nothing to train, arguments that cannot work, or a checkpoint of a training with other settings.
         FloatingPointError: the loss or a gradient is not finite. The text has the step and the tensor; weights are as after
             the last good step.
         OSError: a checkpoint cannot be written or read.
     """
     from . import optim
-    from ._checkpoints import Checkpoints
+    from ._checkpoints import Checkpoints, adapter_settings, frozen_digest, optimizer_settings
 
     arrays, labels = _checked(model, data)
-    for name, count in {"batch_size": batch_size, "accumulate": accumulate, "keep": keep}.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1")
+    seed = operator.index(seed)
+    _check_counts(
+        batch_size=batch_size,
+        accumulate=accumulate,
+        keep=keep,
+        eval_every=eval_every,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+    )
+    for name, number in {"epochs": epochs, "max_steps": max_steps, "warmup": warmup}.items():
+        if number is not None and not 0 <= number < math.inf:
+            raise ValueError(f"{name} is {number}; it must be a number of at least 0")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be more than 0, or None")
     if best_by not in ("loss", "accuracy"):
         raise ValueError(f"best_by is {best_by!r}; it is 'loss' or 'accuracy'")
+    if eval_data is not None:
+        _, eval_labels = _checked(model, eval_data, "eval_data")
+        if best_by == "accuracy" and not np.issubdtype(eval_labels.dtype, np.integer):
+            raise ValueError(f"best_by is 'accuracy', but labels of {eval_labels.dtype} are no classes; use 'loss'")
+    elif patience is not None or eval_every is not None:
+        raise ValueError("patience and eval_every need eval_data")
     per_epoch = math.ceil(len(labels) / batch_size)
-    total = max_steps if max_steps is not None else math.ceil(epochs * per_epoch)
+    total = math.ceil(epochs * per_epoch if max_steps is None else max_steps)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
@@ -194,6 +222,7 @@ def train(
     store = None
     if checkpoint is not None:
         settings = {
+            **adapter_settings(model),
             "total": total,
             "batch_size": batch_size,
             "lr": lr,
@@ -202,15 +231,19 @@ def train(
             "warmup": warmup,
             "max_grad_norm": max_grad_norm,
             "optimizer": type(steps).__name__,
+            **optimizer_settings(steps),
             "seed": seed,
             "group_by_length": group_by_length,
             "parameters": sorted(parameters),
             "data": _digest({**arrays, "labels": labels}),
+            "base model": frozen_digest(model, parameters),
         }
         store = Checkpoints(checkpoint, keep, settings)
         if resume:
             store.restore(model, parameters, steps, result, best, budget.adapter is not None)
             scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": result.steps})
+            # More patience than then goes on.
+            result.stopped_early &= patience is not None and best.misses >= patience
 
     from tqdm import tqdm
 
@@ -233,7 +266,7 @@ def train(
             if order is None or step % per_epoch == 0:
                 order = _order(seed, step // per_epoch, len(labels), batch_size, lengths)
             rows = order[step % per_epoch * batch_size :][:batch_size]
-            _core.manual_seed(_mix(_mix(seed & 0xFFFFFFFFFFFFFFFF) ^ step))
+            _core.thread_seed(_mix(_mix(seed & 0xFFFFFFFFFFFFFFFF) ^ step))
             value = _gradients(model, arrays, labels, rows, accumulate, loss, step) + budget.regularisation()
             _check_gradients(parameters, step)
             if max_grad_norm is not None:
@@ -271,7 +304,7 @@ def train(
         bar.close()
         model.zero_grad()
         model.train(was_training)
-        _core.manual_seed(next_seed())  # what is drawn from here on does not repeat this training's draws
+        _core.thread_seed(None)
     if restore_best and best.found is not None:
         best.give_back(parameters)
         if budget.adapter is not None and best.adalora:
@@ -288,12 +321,13 @@ def _gradients(
     model: Any, arrays: dict[str, Any], labels: Any, rows: Any, accumulate: int, loss: Loss, step: int
 ) -> float:
     """Add the gradients of the mean loss over `rows` to the parameters', in parts; returns that loss."""
-    total = 0.0
+    total, whole = 0.0, _weight(labels[rows], loss)
     for part in np.array_split(rows, accumulate):
-        if not len(part):
+        weight = _weight(labels[part], loss)
+        if not weight and (whole or not len(part)):
             continue
         value, gradient = loss(model(**_batch(arrays, part)), labels[part])
-        share = len(part) / len(rows)
+        share = weight / whole if whole else 1
         total += value * share
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -305,6 +339,13 @@ def _gradients(
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step + 1}: {error} Weights are as after step {step}.") from error
     return total
+
+
+def _weight(labels: np.ndarray, loss: Loss) -> int:
+    """What a mean over these rows counts as in the mean over more: cross entropy leaves out labels of -100."""
+    if loss is default_loss and np.issubdtype(labels.dtype, np.integer):
+        return int((labels != -100).sum())
+    return len(labels)
 
 
 def _check_gradients(parameters: dict[str, Any], step: int) -> None:
@@ -379,7 +420,11 @@ class _Best:
 
     def better(self, found: dict[str, float]) -> bool:
         sign = 1 if self.by == "loss" else -1
-        good = self.found is None or sign * found[self.by] < sign * self.found[self.by]
+        best = math.nan if self.found is None else self.found[self.by]
+        # The first one counts, and any number is better than none.
+        good = (
+            self.found is None or sign * found[self.by] < sign * best or math.isnan(best) > math.isnan(found[self.by])
+        )
         self.misses = 0 if good else self.misses + 1
         return good
 
@@ -396,7 +441,17 @@ class _Best:
 # ------------------------------------------------------------------------- data
 
 
-def _checked(model: Any, data: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if not hasattr(count, "__index__"):
+            raise TypeError(f"{name} is a {type(count).__name__}; it must be an integer")
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1")
+
+
+def _checked(model: Any, data: Mapping[str, Any], what: str = "data") -> tuple[dict[str, Any], np.ndarray]:
     """(arrays for the model, labels)"""
     if not isinstance(model, _core.Module):
         raise TypeError(
@@ -404,14 +459,21 @@ def _checked(model: Any, data: Mapping[str, Any]) -> tuple[dict[str, Any], np.nd
             "torch models are trained with Transformers' Trainer or a loop of your own"
         )
     if not isinstance(data, Mapping) or "labels" not in data:
-        raise TypeError('data is a mapping of name -> array with "labels" and what the model takes')
+        raise TypeError(f'{what} is a mapping of name -> array with "labels" and what the model takes')
     arrays = {name: np.asarray(value) for name, value in data.items()}
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise ValueError(f"{what} has no rows of {name}: it is a single {array.dtype}")
     labels = arrays.pop("labels")
     if not arrays or not len(labels):
-        raise ValueError("data has no rows, or nothing for the model")
+        raise ValueError(f"{what} has no rows, or nothing for the model")
+    if labels.dtype.kind not in "biuf":
+        raise TypeError(f"labels are numbers of classes, or values; {what} has labels of {labels.dtype}")
+    if labels.dtype == bool:
+        labels = labels.astype(np.int64)
     for name, array in arrays.items():
         if len(array) != len(labels):
-            raise ValueError(f"data has {len(labels)} labels, but {len(array)} rows of {name}")
+            raise ValueError(f"{what} has {len(labels)} labels, but {len(array)} rows of {name}")
     return arrays, labels
 
 

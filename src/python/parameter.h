@@ -62,11 +62,9 @@ PyObject *peftc_parameter_attach(PyObject *op, PyObject *args);
 /* Is it a Parameter or of a subclass? (Without the module's state; a subclass may have its own methods.) */
 bool peftc_is_parameter(PyObject *object);
 
-/* A fresh stream of the process's generator (manual_seed). Needs the GIL. */
-static inline pc_rng peftc_next_rng(peftc_state *state)
-{
-    return (pc_rng){.seed = state->seed, .stream = state->next_stream++};
-}
+/* A fresh stream of the calling thread's generator, if it has one of its own (thread_seed), else of the process's
+ * (manual_seed). Needs the GIL. */
+pc_rng peftc_next_rng(peftc_state *state);
 
 int peftc_add_parameter(PyObject *module, peftc_state *state);
 

@@ -439,6 +439,35 @@ LAYER_TYPE(rmsnorm, RMSNorm,
 
 /* -------------------------------------------------------------- random numbers */
 
+/* A training that draws from a sequence of its own is not disturbed by what other threads draw meanwhile. */
+static _Thread_local struct {
+    bool set;
+    uint64_t seed, next_stream;
+} own;
+
+pc_rng peftc_next_rng(peftc_state *state)
+{
+    if (own.set)
+        return (pc_rng){.seed = own.seed, .stream = own.next_stream++};
+    return (pc_rng){.seed = state->seed, .stream = state->next_stream++};
+}
+
+static PyObject *thread_seed(PyObject *module, PyObject *arg)
+{
+    (void)module;
+    if (arg == Py_None) {
+        own.set = false;
+        Py_RETURN_NONE;
+    }
+    unsigned long long seed = PyLong_AsUnsignedLongLongMask(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    own.set = true;
+    own.seed = seed;
+    own.next_stream = 0;
+    Py_RETURN_NONE;
+}
+
 static PyObject *manual_seed(PyObject *module, PyObject *arg)
 {
     unsigned long long seed = PyLong_AsUnsignedLongLongMask(arg);
@@ -454,6 +483,9 @@ static PyMethodDef random_functions[] = {
     {"manual_seed", manual_seed, METH_O,
      "manual_seed(seed, /)\n--\n\nStart the generator that fresh weights and dropout draw from, modulo 2**64. Until "
      "then it starts from the system's entropy."},
+    {"thread_seed", thread_seed, METH_O,
+     "thread_seed(seed, /)\n--\n\nLet this thread draw from a generator of its own, modulo 2**64; None: from the "
+     "process's again."},
     {NULL, NULL, 0, NULL},
 };
 
