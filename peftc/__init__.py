@@ -47,7 +47,44 @@ if TYPE_CHECKING:  # the names below, as type checkers read them
     from .training import evaluate, train
     from .weights import load_adapter_weights
 
+    __all__ = [  # noqa: RUF022  (the order of the documentation)
+        "get_num_threads",
+        "set_num_threads",
+        "PeftAdapterMixin",
+        "PeftConfig",
+        "LoraConfig",
+        "IA3Config",
+        "AdaLoraConfig",
+        "PeftType",
+        "TaskType",
+        "train",
+        "evaluate",
+        "AdaLoraCallback",
+        "load_adapter_weights",
+        "manual_seed",
+        "no_grad",
+        "patch_transformers",
+        "get_peft_model",
+        "inject_adapter_in_model",
+        "get_peft_model_state_dict",
+        "set_peft_model_state_dict",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForFeatureExtraction",
+        "show_config",
+        "models",
+        "nn",
+        "optim",
+        "safetensors",
+    ]
+
 __version__ = "0.1.0"
+
+_OF_TORCH = "hosts.torch_peft_model"  # imports torch: the classes are modules of it
 
 # Where each public name comes from. `docs/make_api.py` documents exactly these.
 _EXPORTS = {
@@ -69,51 +106,16 @@ _EXPORTS = {
     "inject_adapter_in_model": "peft_api",
     "get_peft_model_state_dict": "peft_api",
     "set_peft_model_state_dict": "peft_api",
-    "PeftModel": "hosts.torch_peft_model",  # these import torch: they are modules of it
-    "PeftModelForCausalLM": "hosts.torch_peft_model",
-    "PeftModelForSeq2SeqLM": "hosts.torch_peft_model",
-    "PeftModelForSequenceClassification": "hosts.torch_peft_model",
-    "PeftModelForTokenClassification": "hosts.torch_peft_model",
-    "PeftModelForQuestionAnswering": "hosts.torch_peft_model",
-    "PeftModelForFeatureExtraction": "hosts.torch_peft_model",
+    "PeftModel": _OF_TORCH,
+    "PeftModelForCausalLM": _OF_TORCH,
+    "PeftModelForSeq2SeqLM": _OF_TORCH,
+    "PeftModelForSequenceClassification": _OF_TORCH,
+    "PeftModelForTokenClassification": _OF_TORCH,
+    "PeftModelForQuestionAnswering": _OF_TORCH,
+    "PeftModelForFeatureExtraction": _OF_TORCH,
     "show_config": "_show",
 }
 _MODULES = ("models", "nn", "optim", "safetensors")
-
-__all__ = [  # noqa: RUF022  (the order of the documentation)
-    "get_num_threads",
-    "set_num_threads",
-    "PeftAdapterMixin",
-    "PeftConfig",
-    "LoraConfig",
-    "IA3Config",
-    "AdaLoraConfig",
-    "PeftType",
-    "TaskType",
-    "train",
-    "evaluate",
-    "AdaLoraCallback",
-    "load_adapter_weights",
-    "manual_seed",
-    "no_grad",
-    "patch_transformers",
-    "get_peft_model",
-    "inject_adapter_in_model",
-    "get_peft_model_state_dict",
-    "set_peft_model_state_dict",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForFeatureExtraction",
-    "show_config",
-    "models",
-    "nn",
-    "optim",
-    "safetensors",
-]
 
 if not TYPE_CHECKING:  # type checkers know every name from above, and report others
 
@@ -123,11 +125,20 @@ if not TYPE_CHECKING:  # type checkers know every name from above, and report ot
             __import__(f"{__name__}.{name}")
             return globals()[name]
         if name in _EXPORTS:
+            if _EXPORTS[name] == _OF_TORCH:
+                from ._optional import require
+
+                require("torch", f"peftc.{name}, a module of torch,")
             value = getattr(__import__(f"{__name__}.{_EXPORTS[name]}", fromlist=[name]), name)
             globals()[name] = value
             return value
+        if name == "__all__":  # `from peftc import *` imports what can be imported
+            from ._optional import is_installed
+
+            names = ["get_num_threads", "set_num_threads", *_EXPORTS, *_MODULES]
+            return [name for name in names if _EXPORTS.get(name) != _OF_TORCH or is_installed("torch")]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_EXPORTS, *_MODULES})

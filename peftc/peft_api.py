@@ -6,6 +6,8 @@ Nothing of torch is imported before one of them is called; the work is done in `
 
 from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
+from ._optional import require
+
 if TYPE_CHECKING:
     from .hosts.torch_peft_model import PeftModel
 
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
         class nn:
             Module: TypeAlias = Any
+
+
+def _require_torch(name: str) -> None:
+    require(
+        "torch", f"peftc.{name}, for torch models,", "; a model of peftc.nn has add_adapter and load_adapter itself"
+    )
 
 
 def get_peft_model(
@@ -43,12 +51,14 @@ def get_peft_model(
         layer and peft is installed, what `peft.get_peft_model` returns.
 
     Raises:
+        ImportError: torch is not installed.
         ValueError: no module matches the targets; a value that cannot work; a name with a dot.
         NotImplementedError: no code for it, and peft is not installed.
         TypeError: not a config, not a torch model.
 
     A refused call leaves the model as it was.
     """
+    _require_torch("get_peft_model")
     from .hosts import torch_peft_model
 
     made: PeftModel = torch_peft_model.make(
@@ -79,10 +89,12 @@ def inject_adapter_in_model(
         The model.
 
     Raises:
+        ImportError: torch is not installed.
         ValueError: the name is taken or has a dot; no module matches; a prompt method; a value that cannot work.
         NotImplementedError: no code for it, and peft is not installed.
         TypeError: not a config, not a torch model.
     """
+    _require_torch("inject_adapter_in_model")
     from .hosts import torch_inject
 
     return torch_inject.inject(peft_config, model, adapter_name, state_dict, low_cpu_mem_usage)
@@ -110,8 +122,10 @@ def get_peft_model_state_dict(
         name → tensor, which shares memory with the adapter's parameter unless `state_dict` was given.
 
     Raises:
+        ImportError: torch is not installed.
         KeyError: no adapter of that name.
     """
+    _require_torch("get_peft_model_state_dict")
     from .hosts import torch_state
 
     return torch_state.get_state(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
@@ -138,9 +152,11 @@ def set_peft_model_state_dict(
         base model too) and unexpected_keys.
 
     Raises:
+        ImportError: torch is not installed.
         KeyError: no adapter of that name; a tensor of modules_to_save is missing.
         RuntimeError: shapes differ; every one is named, and nothing is changed.
     """
+    _require_torch("set_peft_model_state_dict")
     from .hosts import torch_state
 
     return torch_state.set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)

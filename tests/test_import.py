@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 
 import peftc
+from peftc._optional import is_installed
 
 HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "safetensors", "accelerate", "tqdm")
 
@@ -57,6 +58,53 @@ def test_public_names_are_listed_and_documented():
     namespace: dict[str, object] = {}
     exec("from peftc import *", namespace)  # noqa: S102
     assert set(peftc.__all__) <= set(namespace)
+
+
+@pytest.mark.parametrize(
+    ("call", "package"),
+    [
+        ("peftc.PeftModel", "torch"),
+        ("peftc.patch_transformers()", "torch"),
+        ("peftc.get_peft_model(None, None)", "torch"),
+        ("peftc.inject_adapter_in_model(None, None)", "torch"),
+        ("peftc.get_peft_model_state_dict(None)", "torch"),
+        ("peftc.set_peft_model_state_dict(None, {})", "torch"),
+        ("peftc.patch_transformers()", "transformers"),
+        ("import peftc.auto", "transformers"),
+    ],
+)
+def test_without_what_it_needs(call, package):
+    """The error names what was asked for, the package and the remedy; without torch all other names can be imported."""
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+import peftc
+try:
+    {call}
+except ModuleNotFoundError as error:
+    print(error.name, error)
+namespace = {{}}
+exec("from peftc import *", namespace)
+print("get_peft_model" in namespace, "PeftModel" in namespace)
+"""
+    if package == "transformers":
+        pytest.importorskip("torch")
+    first, second = run(code).stdout.splitlines()
+    name = "peftc.patch_transformers" if "auto" in call else call.partition("(")[0]
+    assert first.startswith(f"{package} {name}")
+    assert f"needs the package {package}, which is not installed: pip install {package}" in first
+    assert second == f"True {package != 'torch'}"
+
+
+def test_a_folder_called_torch_is_not_torch(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "modules", {name: m for name, m in sys.modules.items() if name.partition(".")[0] != "torch"}
+    )
+    assert not is_installed("torch")
+    assert not is_installed("no_such_package")
+    assert is_installed("numpy")
 
 
 def test_time_beside_numpy(capsys):

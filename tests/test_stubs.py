@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import peftc
@@ -157,9 +158,10 @@ def test_everything_in_nn_has_a_signature():
             thing = getattr(module, name)
             if not callable(thing):
                 continue
-            inspect.signature(thing)
+            if thing is not nn.Tensor:  # an ndarray, which has one as of NumPy 2.3
+                inspect.signature(thing)
             for member in dir(thing) if isinstance(thing, type) else ():
-                if not member.startswith("__") and callable(getattr(thing, member)):
+                if not member.startswith("__") and callable(getattr(thing, member)) and not hasattr(np.ndarray, member):
                     inspect.signature(getattr(thing, member))
 
 
@@ -167,8 +169,9 @@ def test_exports_are_known_to_type_checkers():
     """Names that are imported lazily are imported for type checkers too, and __all__ is one that they can read."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    (listed,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
-    imported = {alias.name: node.module for node in block.body for alias in node.names}
+    (listed,) = [node.value for node in block.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    imported = {alias.name: node.module for node in imports for alias in node.names}
     assert imported == {**peftc._EXPORTS, **dict.fromkeys(peftc._MODULES)}
     assert ast.literal_eval(listed) == ["get_num_threads", "set_num_threads", *peftc._EXPORTS, *peftc._MODULES]
 

@@ -3,6 +3,7 @@
 import functools
 from typing import TYPE_CHECKING, Any
 
+from .._optional import require
 from ..mixin import PeftAdapterMixin
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def patch_transformers() -> Patch:
     Raises:
         ImportError: transformers or torch is not installed.
     """
+    for package in ("torch", "transformers"):
+        require(package, "peftc.patch_transformers")
     import transformers.integrations.peft as theirs
 
     from .torch_generation import installed

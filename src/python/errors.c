@@ -46,11 +46,11 @@ PyObject *peftc_raise(peftc_state *state, const pc_error *err)
         break;
     case PC_ERR_IO:
         if (err->sys_errno != 0) {
-            /* OSError(errno, text) picks FileNotFoundError and friends itself */
-            PyObject *args = Py_BuildValue("(is)", err->sys_errno, err->text);
-            if (args != NULL) {
-                PyErr_SetObject(PyExc_OSError, args);
-                Py_DECREF(args);
+            /* OSError(errno, text) is a FileNotFoundError and so on; until Python 3.11 `except` goes by the type that is named here */
+            PyObject *error = PyObject_CallFunction(PyExc_OSError, "is", err->sys_errno, err->text);
+            if (error != NULL) {
+                PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+                Py_DECREF(error);
             }
             return NULL;
         }
