@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -29,9 +32,17 @@ FIELDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["small", "minilm"])
+def folder(request, tmp_path_factory):
     torch.manual_seed(0)
+    if request.param == "minilm":
+        path = tmp_path_factory.mktemp("minilm")
+        shutil.copytree(request.getfixturevalue("minilm"), path, dirs_exist_ok=True)
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2}
+        config = json.loads((path / "config.json").read_text()) | still
+        (path / "config.json").write_text(json.dumps(config))
+        transformers.BertForSequenceClassification.from_pretrained(path).save_pretrained(path)
+        return path
     config = transformers.BertConfig(
         vocab_size=60,
         hidden_size=32,
@@ -80,6 +91,8 @@ def test_losses_and_ranks(folder, tmp_path):
         ours.update_and_allocate(step)
         our_optimizer.zero_grad()
         assert abs(value - loss.item()) < 1e-3, step
+        now = [m.peft_config["default"].rank_pattern or {} for m in (ours, theirs)]
+        assert now[0] == now[1], f"other masks at step {step}"
 
     mine, want = (m.peft_config["default"].rank_pattern for m in (ours, theirs))
     assert mine == want
