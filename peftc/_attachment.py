@@ -94,7 +94,7 @@ def make_adapter(
             registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
         else:
             missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
-    except (NotImplementedError, ValueError) as refused:
+    except (NotImplementedError, ValueError, KeyError) as refused:
         config, settled, missing, unexpected = host.make_elsewhere(
             registry, name, config, instead, source, refused, label=label, trainable=trainable
         )

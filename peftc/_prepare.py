@@ -116,7 +116,7 @@ def _default(table: Mapping[str, list[str]], field: str, model: Any, host: Host)
 
 
 def _all_linear(config: Any, model: Any, host: Host, modules: list[tuple[str, Any]]) -> set[str]:
-    names = {name for name, module in _each_once(modules) if host.kind(module) in ("Linear", "Conv1D")}
+    names = {name for name, module in _each_once(modules) if host.is_linear(module)}
     head = host.output_embedding(model, modules)
     if head is None and str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
         head = next((name for name in CLASSIFIER_NAMES if getattr(model, name, None) is not None), None)

@@ -35,7 +35,7 @@ def as_config(value: Any, argument: str, host: Any) -> Any:
             raise ValueError(f'{argument} is a dict without "peft_type", which says what method it configures')
         try:
             return PeftConfig.from_peft_type(**value)
-        except NotImplementedError as refused:
+        except (NotImplementedError, KeyError) as refused:
             return host.config_elsewhere(refused, None, value)
     raise TypeError(
         f"{argument} should be an instance of PeftConfig or a dict of its fields. Got {type(value)} instead."
@@ -48,7 +48,7 @@ def read_config(path: str, host: Any) -> Any:
     folder = os.path.dirname(path)
     try:
         return PeftConfig.from_pretrained(folder)
-    except NotImplementedError as refused:
+    except (NotImplementedError, KeyError) as refused:
         return host.config_elsewhere(refused, folder, None)
 
 

@@ -40,6 +40,9 @@ class Host(Protocol):
 
         A module that is reachable under several names is listed under each of them."""
 
+    def is_linear(self, module: Any) -> bool:
+        """Does "all-linear" mean this module? Perhaps one that no adapter has code for here."""
+
     def kind(self, module: Any) -> str:
         """torch's class name of what the module does: "Linear", "Conv1D", "Conv2d", "Embedding", … or ""."""
 

@@ -50,6 +50,9 @@ class NumpyHost:
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         return list(model.named_modules(remove_duplicate=False))
 
+    def is_linear(self, module: Any) -> bool:
+        return self.kind(module) in ("Linear", "Conv1D")
+
     def kind(self, module: Any) -> str:
         return module.kind if isinstance(module, _core.Layer) else ""
 

@@ -60,14 +60,6 @@ class AdaLoraLayer(LoraLayer):
             nn.init.normal_(self.lora_A[adapter_name], std=0.02)
             nn.init.normal_(self.lora_B[adapter_name], std=0.02)
 
-    def resize(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give an adapter these lora_A, lora_B, lora_E, of another rank, in place of its own. ranknum, by which it scales, stays."""
-        for field, values in tensors.items():
-            old = self._modules[field]._parameters[name]
-            made = nn.Parameter(values.to(device=old.device, dtype=old.dtype).clone(), requires_grad=old.requires_grad)
-            put_parameter(self._modules[field], name, made)
-        self.r[name] = len(tensors["lora_E"])
-
     def _scale(self, name: str) -> torch.Tensor:
         return self.scaling[name] / (self.ranknum[name] + 1e-5)
 
@@ -127,6 +119,22 @@ def mask_triplets(layers: list[tuple[str, Any]], name: str, masks: dict[str, lis
                 values.masked_fill_(~torch.tensor(masks[path], device=values.device).view_as(values), 0.0)
 
 
+def resize(layer: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter of a layer, peftc's or PEFT's, these lora_A, lora_B, lora_E, of another rank, in place of its own.
+
+    ranknum, by which it scales, stays.
+    """
+    for field, values in tensors.items():
+        container = layer._modules[field]
+        old = container._parameters[name]
+        made = nn.Parameter(values.to(device=old.device, dtype=old.dtype).clone(), requires_grad=old.requires_grad)
+        if isinstance(layer, AdaLoraLayer):
+            put_parameter(container, name, made)
+        else:
+            container[name] = made
+    layer.r[name] = len(tensors["lora_E"])
+
+
 def orthogonality(layers: list[tuple[str, Any]], name: str) -> torch.Tensor:
     """The mean of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over layers, 0-dimensional. Matrices of one rank are done together."""
     grams: dict[Any, list[torch.Tensor]] = {}
@@ -154,7 +162,7 @@ def add_orthogonality(model: Any, args: Any, output: Any) -> None:
         if attached.registry.peft_type(name) != "ADALORA" or config.inference_mode or config.task_type is None:
             continue
         if config.orth_reg_weight:
-            term = orthogonality(attached.registry.adapted_layers(name), name)
+            term = orthogonality(attached.registry.layers_of(name), name)
             output.loss = loss + config.orth_reg_weight * term.to(loss.device)
 
 

@@ -51,6 +51,9 @@ def plan(model: Any, device_map: Any, max_memory: Any, folder: Any, index: Any) 
         elif not isinstance(device_map, Mapping):
             device_map = {"": device_map}
         found = Plan(dict(device_map), folder, dict(index or {}))
+        where = {str(device) for device in now.values()}
+        if where == {str(device) for device in found.device_map.values()} == {"cpu"}:
+            return None  # quantised models refuse to be moved, even to where they are
         stored = _stored(model)
         to_disk = {name: tensor for name, tensor in model.named_parameters() if _place(found, name) == "disk"}
         for name in to_disk.keys() & found.stored.keys():

@@ -63,6 +63,11 @@ class TorchHost:
     def named_modules(self, model: Any) -> list[tuple[str, Any]]:
         return walk(model)
 
+    def is_linear(self, module: Any) -> bool:
+        return (
+            isinstance(module, nn.Linear) or kind_of(module) == "Conv1D"
+        )  # a subclass may be quantised: PEFT's to adapt
+
     def kind(self, module: Any) -> str:
         return kind_of(module)
 
@@ -152,13 +157,13 @@ class TorchHost:
         return registry.state_from(name, state_dict)
 
     def triplets(self, model: Any, registry: Any, name: str) -> dict[str, Any]:
-        return torch_adalora.triplets(registry.adapted_layers(name), name)
+        return torch_adalora.triplets(registry.layers_of(name), name)
 
     def mask_triplets(self, model: Any, registry: Any, name: str, masks: dict[str, list[bool]]) -> None:
-        torch_adalora.mask_triplets(registry.adapted_layers(name), name, masks)
+        torch_adalora.mask_triplets(registry.layers_of(name), name, masks)
 
     def orthogonality_loss(self, model: Any, registry: Any, name: str, weight: float) -> torch.Tensor:
-        return torch_adalora.orthogonality(registry.adapted_layers(name), name) * weight
+        return torch_adalora.orthogonality(registry.layers_of(name), name) * weight
 
     def adapters_changed(self, model: Any, registry: Any) -> None:
         torch_adalora.settle_hook(model, any(registry.peft_type(name) == "ADALORA" for name in registry.names()))

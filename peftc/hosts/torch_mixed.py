@@ -60,7 +60,7 @@ def _check(registry: TorchRegistry, wanted: set[str]) -> None:
         )
     for name in sorted(wanted):
         if registry.peft_type(name) == "ADALORA":
-            base = type(registry.adapted_layers(name)[0][1].get_base_layer()).__name__
+            base = type(registry.layers_of(name)[0][1].get_base_layer()).__name__
             raise TypeError(  # as it comes about in PEFT
                 f"{base}.forward() got an unexpected keyword argument 'adapter_names': batches are mixed with adapters of "
                 f"LoRA, and {name} is of AdaLora. Run its rows apart"

@@ -11,13 +11,15 @@ import copy
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _prepare
-from . import torch_dispatch, torch_files
+from .._adalora import PARAMETERS
+from . import torch_adalora, torch_dispatch, torch_files
 from .torch_wrappers import around, inner, is_ours, is_pefts, places, take_out, taken_out, unwrap
 
 #: What errors say that mean "peftc has no code for it", as opposed to "this cannot work".
@@ -25,6 +27,9 @@ _NO_CODE = (
     (NotImplementedError, re.compile(r"\bpeftc (has no code|can do)|something peftc can do")),
     (ValueError, re.compile(r"^Target module .* is not supported\. Currently")),
 )
+
+#: What errors say of a method that is no method of PEFT 0.17.
+_UNKNOWN_METHOD = re.compile(r"""peft_type is ['"](\w+)['"], which is not a method""")
 
 #: How errors begin that say that an adapter would adapt nothing.
 _NO_MATCH = (
@@ -49,14 +54,24 @@ def check_elsewhere(refused: Exception) -> None:
 
     Without PEFT the error says that installing it is the remedy.
     """
-    from importlib.util import find_spec
-
+    if _is_later_method(refused):
+        return
     if not any(isinstance(refused, kind) and text.search(str(refused)) for kind, text in _NO_CODE):
         raise _as_theirs(refused)
     if find_spec("peft") is None:
         raise type(refused)(
             f"{refused}. With the package peft installed, PEFT makes this adapter on a torch model: pip install peft"
         ) from refused
+
+
+def _is_later_method(refused: Exception) -> bool:
+    """Is it about a method that is none of PEFT 0.17's, and one of the PEFT's that is installed?"""
+    found = _UNKNOWN_METHOD.search(str(refused)) if isinstance(refused, KeyError) else None
+    if found is None or find_spec("peft") is None:
+        return False
+    import peft
+
+    return found[1] in peft.PeftType.__members__
 
 
 def _as_theirs(refused: Exception) -> Exception:
@@ -110,6 +125,60 @@ def _holds(wrapper: Any, name: str) -> bool:
     return any(name in container for _, container in _containers(_core_of(wrapper)))
 
 
+class _Original:
+    """The base layer of one of PEFT's layers as it is before PEFT merges into it.
+
+    Quantised layers keep more than parameters: scales in attributes, of their own, of an object that they compute with and
+    of the weight. Some are replaced as a whole.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+        found = inner(wrapper)
+        assert found is not None
+        self._place = found
+        self._inside = found[0]._modules[found[1]]
+        modules = list(unwrap(wrapper).modules())
+        self._modules = [(m, dict(m._parameters)) for m in modules]
+        self._parameters = [(p, p.data) for m in modules for p in m.parameters(recurse=False)]
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for module in modules:
+            own = {k: v for k, v in module.__dict__.items() if k[0] != "_" and k != "training" and not callable(v)}
+            self._attributes.append((module.__dict__, own))
+            self._keep(own.values())
+        for parameter, _ in self._parameters:
+            self._attributes.append((parameter.__dict__, dict(parameter.__dict__)))
+            self._keep(parameter.__dict__.values())
+
+    def _keep(self, values: Iterable[Any]) -> None:
+        """Keep what objects consist of that a module or a parameter holds."""
+        for one in values:
+            if hasattr(one, "__dict__") and not callable(one) and not isinstance(one, (torch.Tensor, type)):
+                self._attributes.append((one.__dict__, dict(one.__dict__)))
+
+    def lend_copies(self) -> None:
+        """Let the parameters be copies, for code that writes into them."""
+        for parameter, _ in self._parameters:
+            parameter.data = parameter.data.clone()
+
+    def put_back(self) -> None:
+        layer = _core_of(self._wrapper)
+        if layer.merged_adapters:
+            with torch.no_grad():
+                layer.unmerge()
+        holder, key = self._place
+        holder._modules[key] = self._inside
+        for module, parameters in self._modules:
+            for name in parameters:
+                module.__dict__.pop(name, None)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for parameter, data in self._parameters:
+            parameter.data = data.to(parameter)  # the model may have another dtype or device by now
+        for attributes, values in self._attributes:
+            attributes.update(values)
+
+
 class Part:
     """What PEFT holds of one adapter: its entries in the layers of PEFT's on the model."""
 
@@ -117,8 +186,8 @@ class Part:
         self.name, self.method, self.save_projection = name, method, save_projection
         #: (module's name, the same as in PEFT's state-dict keys, wrapper), in the model's order
         self.wrappers: list[tuple[str, str, Any]] = []
-        #: while merged: (wrapper, [(module, its parameters, their memory)] of the base layer before)
-        self.originals: list[tuple[Any, list[Any]]] = []
+        #: while merged: the base layers before, in the order of merging
+        self.originals: list[_Original] = []
 
     def find(self, model: nn.Module) -> None:
         """Look for the adapter's entries in the tree.
@@ -144,6 +213,10 @@ class Part:
                         named += ".base_layer"
                 children.append((unwrap(child), below, named))
             stack += children[::-1]
+
+    def layers(self) -> list[tuple[str, Any]]:
+        """(module's name, layer of PEFT's), in the model's order."""
+        return [(path, _core_of(wrapper)) for path, _, wrapper in self.wrappers]
 
     def modules(self) -> list[str]:
         return list(dict.fromkeys(path for path, _, _ in self.wrappers))
@@ -243,34 +316,33 @@ class Part:
     # ---------------------------------------------------------------- merging
 
     def merge(self, safe_merge: bool) -> None:
-        """Fold the adapter into copies of the base weights, by PEFT's own code."""
+        """Fold the adapter into copies of the base weights, by PEFT's own code.
+
+        Raises:
+            NotImplementedError: PEFT has no code for it, or not on this layer.
+        """
         for path, _, wrapper in self.wrappers:
             base = unwrap(wrapper)
             torch_dispatch.check_in_memory(path, base, "merging changes them")
-            before = [
-                (m, dict(m._parameters), [(p, p.data) for p in m.parameters(recurse=False)]) for m in base.modules()
-            ]
-            self.originals.append((wrapper, before))
-            for _, _, memory in before:
-                for parameter, data in memory:
-                    parameter.data = data.clone()
-            with torch.no_grad():  # else the graph that PEFT 0.21's OFT leaves behind keeps its parameters for good
-                _core_of(wrapper).merge(safe_merge=safe_merge, adapter_names=[self.name])
+            original = _Original(wrapper)
+            self.originals.append(original)
+            base.state_dict()  # bitsandbytes orders weights anew to compute on a CPU, and puts them in order for this alone
+            original.lend_copies()
+            try:
+                with torch.no_grad():  # else the graph that PEFT 0.21's OFT leaves behind keeps its parameters for good
+                    _core_of(wrapper).merge(safe_merge=safe_merge, adapter_names=[self.name])
+            except NotImplementedError as error:
+                if str(error):
+                    raise
+                raise NotImplementedError(
+                    f"PEFT cannot merge adapters of {self.method} into {path} ({type(base).__name__}): keep "
+                    f"{self.name} unmerged"
+                ) from error
 
     def unmerge(self) -> None:
         """Give the base layers what `merge` took, bit for bit."""
-        for wrapper, before in reversed(self.originals):
-            layer = _core_of(wrapper)
-            if layer.merged_adapters:
-                with torch.no_grad():
-                    layer.unmerge()
-            for module, parameters, memory in before:
-                for name in parameters:
-                    module.__dict__.pop(name, None)
-                module._parameters.clear()
-                module._parameters.update(parameters)
-                for parameter, data in memory:
-                    parameter.data = data.to(parameter)  # the model may have another dtype or device by now
+        for original in reversed(self.originals):
+            original.put_back()
         self.originals.clear()
 
     # --------------------------------------------------------------- deleting
@@ -447,6 +519,22 @@ def make(
     return config, settled, missing, unexpected
 
 
+def _resize(part: Part, values: dict[str, torch.Tensor]) -> bool:
+    """Give AdaLora's layers the ranks that a trained adapter was saved with. Did any change?"""
+    resized = False
+    for _, key, wrapper in part.wrappers:
+        tensors = {field: values[f"{key}.{field}"] for field in PARAMETERS if f"{key}.{field}" in values}
+        if len(tensors) < len(PARAMETERS):
+            continue
+        layer, rank = _core_of(wrapper), len(tensors["lora_E"])
+        held = [getattr(layer, field)[part.name].shape for field in PARAMETERS]
+        wanted = [(rank, held[0][1]), (held[1][0], rank), (rank, 1)]
+        if rank != held[2][0] and [tuple(tensors[field].shape) for field in PARAMETERS] == wanted:
+            torch_adalora.resize(layer, part.name, tensors)
+            resized = True
+    return resized
+
+
 def fill(part: Part, source: Any) -> tuple[list[str], list[str]]:
     """Copy the tensors of a file or dict into the adapter's; returns (missing, unexpected) names.
 
@@ -458,6 +546,8 @@ def fill(part: Part, source: Any) -> tuple[list[str], list[str]]:
     found = {key: name for key, name in given.items() if key in targets}
     values = torch_files.read(source, found.values(), mapped=True)
     origin = source if isinstance(source, str) else "state_dict"
+    if part.method == "ADALORA" and _resize(part, {key: values[name] for key, name in found.items()}):
+        targets = {key: tensor for key, _, tensor in part.rows()}
     for key, name in found.items():
         target, value = targets[key], values[name]
         if target.shape != value.shape:

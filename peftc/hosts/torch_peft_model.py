@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def _numbers(parameter: Any) -> int:
+    """How many numbers a parameter stands for, as PEFT counts them: bitsandbytes packs two of 4 bits into a byte."""
+    count: int = parameter.numel() or getattr(parameter, "ds_numel", 0)
+    return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
+
+
 class PeftModel(nn.Module):
     """A model with adapters: what `peftc.get_peft_model` and `PeftModel.from_pretrained` return.
 
@@ -197,7 +203,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(numbers that require gradients, all numbers)."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        sizes = [(_numbers(parameter), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:

@@ -87,6 +87,11 @@ class TorchRegistry:
         """(module's name, layer) of each layer that the adapter adapts, in the model's order."""
         return self._adapters[name].layers
 
+    def layers_of(self, name: str) -> list[tuple[str, Any]]:
+        """(module's name, layer) of each layer that the adapter adapts, peftc's or PEFT's, in the model's order."""
+        adapter = self._adapters[name]
+        return list(adapter.layers) if adapter.part is None else adapter.part.layers()
+
     # ------------------------------------------------------------------ making
 
     def bind(

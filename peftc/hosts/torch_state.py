@@ -9,6 +9,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .. import _prepare
 from .._adalora import PARAMETERS
+from . import torch_adalora
 from .torch_inject import attachment, has_adapters, prefix_of
 from .torch_tree import walk
 from .torch_wrappers import unwrap
@@ -185,11 +186,11 @@ def _fitting(model: nn.Module, prefix: str, plan: dict[str, Any], ignore: bool) 
 def _resize(registry: Any, name: str, values: dict[str, torch.Tensor]) -> bool:
     """AdaLora: give the tensors the ranks that a trained adapter was saved with. Did any change?"""
     resized = False
-    for path, layer in registry.adapted_layers(name):
+    for path, layer in registry.layers_of(name):
         stored = values.get(f"{path}.lora_E")
         if stored is None or stored.shape == layer.lora_E[name].shape:
             continue
-        layer.resize(name, {field: values[f"{path}.{field}"] for field in PARAMETERS})
+        torch_adalora.resize(layer, name, {field: values[f"{path}.{field}"] for field in PARAMETERS})
         resized = True
     return resized
 

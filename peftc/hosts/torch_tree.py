@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _core
 from .torch_wrappers import leads, leads_of
@@ -45,6 +46,18 @@ _EXACT: dict[type, str] = {
     nn.Embedding: "Embedding",
     nn.MultiheadAttention: "MultiheadAttention",
 }
+
+
+def is_packed(weight: Any) -> bool:
+    """Is the weight a tensor of a class that keeps other tensors in its place (torchao's quantised ones)?
+
+    DTensor is one as well, and computes as a tensor does.
+    """
+    return type(weight) not in _PLAIN and is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
+
+
+#: What weights mostly are.
+_PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def _address(tensor: Any, holders: list[Any]) -> int | None:
@@ -87,14 +100,25 @@ def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_
         if type(module) is nn.Linear and not with_values:
             own = module._parameters
             weight = own.get("weight")
-            if weight is not None and "bias" in own:
+            if weight is not None and "bias" in own and type(weight) in _PLAIN:
                 key = weight.shape, weight.dtype, own["bias"] is None
                 row = linear.get(key)
                 if row is None:
                     row = linear[key] = _described(module, "Linear", holders, with_values)
         if row is None:
             kind = kind_of(module)
-            if kind:
+            if kind and is_packed(weight_of(module)):
+                row = (
+                    f"{type(module).__name__} of {type(weight_of(module)).__name__}",
+                    "",
+                    "",
+                    0,
+                    0,
+                    None,
+                    None,
+                    False,
+                )
+            elif kind:
                 row = _described(module, kind, holders, with_values)
             else:
                 row = (type(module).__name__, "", "", 0, 0, None, None, False)

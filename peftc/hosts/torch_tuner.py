@@ -18,7 +18,7 @@ from .. import _prepare
 from .._adalora import PARAMETERS
 from .._attachment import Attachment
 from ..mixin import PeftAdapterMixin
-from . import torch_mixed
+from . import torch_adalora, torch_mixed
 from .torch_inject import attachment, put
 from .torch_registry import TorchRegistry
 from .torch_unload import unload
@@ -393,7 +393,7 @@ class AdaLoraModel(LoraModel):
         Raises:
             ValueError: what keeps a module's triplets is neither; it is of another length; no module of that name.
         """
-        layers = dict(self._registry.adapted_layers(adapter_name))
+        layers = dict(self._registry.layers_of(adapter_name))
         plan: list[tuple[Any, dict[str, torch.Tensor]]] = []
         for key, kept in rank_pattern.items():
             if not isinstance(kept, (list, torch.Tensor)):
@@ -409,7 +409,7 @@ class AdaLoraModel(LoraModel):
             mask = mask.to(held["lora_E"].device)
             plan.append((layers[path], {field: _kept(field, tensor, mask) for field, tensor in held.items()}))
         for layer, tensors in plan:
-            layer.resize(adapter_name, tensors)
+            torch_adalora.resize(layer, adapter_name, tensors)
         attachment(self.model).allocators.pop(adapter_name, None)  # it knows the ranks that were
 
     def resize_state_dict_by_rank_pattern(
