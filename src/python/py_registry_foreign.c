@@ -133,14 +133,16 @@ static PyObject *module_name(plan *p, int32_t index)
 }
 
 /* What the host calls the tensor. */
-static const char *parameter_name(const pc_adapter *adapter, const pc_tensor *tensor, const char *key)
+static const char *parameter_name(const pc_adapter *adapter, const pc_tensor *tensor, pc_string key)
 {
     const char *role = tensor->role == PC_ROLE_BASE_BIAS ? "bias" : "";
     for (size_t i = 0; i < adapter->method->role_count; i++)
         if (adapter->method->roles[i].role == tensor->role)
             role = adapter->method->roles[i].parameter;
-    const char *suffix = strrchr(key, '.');
-    return strcmp(role, "lora_B") == 0 && suffix != NULL && strcmp(suffix, ".bias") == 0 ? "lora_B.bias" : role;
+    const char bias[] = ".bias"; /* the key ends with its length: no NUL follows */
+    const size_t len = sizeof bias - 1;
+    const bool is_bias = key.len >= len && memcmp(key.text + key.len - len, bias, len) == 0;
+    return is_bias && strcmp(role, "lora_B") == 0 ? "lora_B.bias" : role;
 }
 
 /* Append a new reference, which is given back; false with an exception, also when it is NULL. */
@@ -212,7 +214,7 @@ static bool plan_tensor(plan *p, size_t index)
         PyErr_NoMemory();
         return false;
     }
-    PyObject *parameter = PyUnicode_InternFromString(parameter_name(p->adapter, tensor, key.text));
+    PyObject *parameter = PyUnicode_InternFromString(parameter_name(p->adapter, tensor, key));
     PyObject *group = parameter != NULL ? group_of(p, tensor, parameter) : NULL;
     const bool good = group != NULL && append(PyTuple_GET_ITEM(group, 3), PyLong_FromSize_t(tensor->offset)) &&
                       append(PyTuple_GET_ITEM(group, 4), PyLong_FromSize_t(index)) &&
