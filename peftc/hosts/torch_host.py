@@ -64,9 +64,8 @@ class TorchHost:
         return walk(model)
 
     def is_linear(self, module: Any) -> bool:
-        return (
-            isinstance(module, nn.Linear) or kind_of(module) == "Conv1D"
-        )  # a subclass may be quantised: PEFT's to adapt
+        # Subclasses too: they may be quantised, and PEFT's to adapt.
+        return isinstance(module, nn.Linear) or kind_of(module) == "Conv1D"
 
     def kind(self, module: Any) -> str:
         return kind_of(module)

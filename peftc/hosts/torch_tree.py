@@ -108,16 +108,8 @@ def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_
         if row is None:
             kind = kind_of(module)
             if kind and is_packed(weight_of(module)):
-                row = (
-                    f"{type(module).__name__} of {type(weight_of(module)).__name__}",
-                    "",
-                    "",
-                    0,
-                    0,
-                    None,
-                    None,
-                    False,
-                )
+                named = f"{type(module).__name__} of {type(weight_of(module)).__name__}"
+                row = (named, "", "", 0, 0, None, None, False)
             elif kind:
                 row = _described(module, kind, holders, with_values)
             else:
