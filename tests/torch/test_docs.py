@@ -51,7 +51,10 @@ def test_the_page_names_what_there_is():
     for name in re.findall(r"\bpeftc\.(\w+)\b", text):
         assert name == "auto" or hasattr(peftc, name), name
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (PAGE.parent / target).is_file(), target
+        name, _, heading = target.partition("#")
+        assert (PAGE.parent / name).is_file(), target
+        headings = re.findall(r"^#+ (.+)$", (PAGE.parent / name).read_text(), re.MULTILINE)
+        assert not heading or heading in [found.lower().replace(" ", "-") for found in headings], target
     for path in re.findall(r"`((?:benchmarks|tests)/[^`]+)`", text):
         assert (ROOT / path).exists(), path
 
