@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import peftc
+from peftc._optional import require
 
 TARGET = Path(__file__).with_name("api.md")
 HEADER = """\
@@ -130,6 +131,7 @@ def document(name: str, thing: object, level: int) -> list[str]:
 
 
 def render() -> str:
+    require("torch", "The API page, which has classes for torch models,")  # peftc.__all__ leaves them out without it
     lines: list[str] = []
     ordered = sorted(peftc.__all__, key=lambda name: isinstance(getattr(peftc, name), ModuleType))
     for name in ordered:

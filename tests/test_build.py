@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import peftc
+from peftc._optional import is_installed
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -131,6 +132,7 @@ def test_pip_shows_that_message(tree):
     assert "sudo apt-get install libcjson-dev pkg-config" in done.stdout + done.stderr
 
 
+@pytest.mark.skipif(not is_installed("torch"), reason="the page has classes for torch models")
 def test_api_reference_is_up_to_date():
     done = run(sys.executable, ROOT / "docs" / "make_api.py", "--check", cwd=ROOT, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr
