@@ -10,6 +10,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _core
+from .._adalora import PARAMETERS
 from .torch_layers import AdaptedLayer, number_puts
 from .torch_lora import LoraLayer
 from .torch_lowrank import adapted_linear, add_plain
@@ -133,6 +134,25 @@ def resize(layer: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         else:
             container[name] = made
     layer.r[name] = len(tensors["lora_E"])
+
+
+def take_ranks(layers: list[tuple[str, Any]], name: str, values: Mapping[str, torch.Tensor]) -> bool:
+    """Give an adapter of (key, layer) the ranks that its tensors were saved with. Did any change?
+
+    values: "<key>.lora_A" and so on → tensor. What does not go together is left for the caller, who compares shapes.
+    """
+    resized = False
+    for key, layer in layers:
+        tensors = {field: values[f"{key}.{field}"] for field in PARAMETERS if f"{key}.{field}" in values}
+        if len(tensors) < len(PARAMETERS):
+            continue
+        rank = len(tensors["lora_E"])
+        held = [getattr(layer, field)[name].shape for field in PARAMETERS]
+        wanted = [(rank, held[0][1]), (held[1][0], rank), (rank, 1)]
+        if rank != held[2][0] and [tuple(tensors[field].shape) for field in PARAMETERS] == wanted:
+            resize(layer, name, tensors)
+            resized = True
+    return resized
 
 
 def orthogonality(layers: list[tuple[str, Any]], name: str) -> torch.Tensor:

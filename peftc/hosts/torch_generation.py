@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from .. import _prepare
+from .._optional import is_installed
 from . import torch_files
 from .generation import FOUR, Generation, adapter_logger
 from .torch_tree import walk
@@ -194,14 +195,12 @@ def _fused(model: Any, config: Any) -> set[str]:
     Raises:
         ValueError: PEFT's, for targets of which only some have such a parameter.
     """
-    from importlib.util import find_spec
-
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if _prepare.method_of(config) != "LORA" or get_checkpoint_conversion_mapping(model_type) is None:
         return set()
-    if find_spec("peft") is None:
+    if not is_installed("peft"):
         return set()
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

@@ -11,14 +11,13 @@ import copy
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _prepare
-from .._adalora import PARAMETERS
+from .._optional import is_installed
 from . import torch_adalora, torch_dispatch, torch_files
 from .torch_wrappers import around, inner, is_ours, is_pefts, places, take_out, taken_out, unwrap
 
@@ -58,7 +57,7 @@ def check_elsewhere(refused: Exception) -> None:
         return
     if not any(isinstance(refused, kind) and text.search(str(refused)) for kind, text in _NO_CODE):
         raise _as_theirs(refused)
-    if find_spec("peft") is None:
+    if not is_installed("peft"):
         raise type(refused)(
             f"{refused}. With the package peft installed, PEFT makes this adapter on a torch model: pip install peft"
         ) from refused
@@ -67,7 +66,7 @@ def check_elsewhere(refused: Exception) -> None:
 def _is_later_method(refused: Exception) -> bool:
     """Is it about a method that is none of PEFT 0.17's, and one of the PEFT's that is installed?"""
     found = _UNKNOWN_METHOD.search(str(refused)) if isinstance(refused, KeyError) else None
-    if found is None or find_spec("peft") is None:
+    if found is None or not is_installed("peft"):
         return False
     import peft
 
@@ -519,22 +518,6 @@ def make(
     return config, settled, missing, unexpected
 
 
-def _resize(part: Part, values: dict[str, torch.Tensor]) -> bool:
-    """Give AdaLora's layers the ranks that a trained adapter was saved with. Did any change?"""
-    resized = False
-    for _, key, wrapper in part.wrappers:
-        tensors = {field: values[f"{key}.{field}"] for field in PARAMETERS if f"{key}.{field}" in values}
-        if len(tensors) < len(PARAMETERS):
-            continue
-        layer, rank = _core_of(wrapper), len(tensors["lora_E"])
-        held = [getattr(layer, field)[part.name].shape for field in PARAMETERS]
-        wanted = [(rank, held[0][1]), (held[1][0], rank), (rank, 1)]
-        if rank != held[2][0] and [tuple(tensors[field].shape) for field in PARAMETERS] == wanted:
-            torch_adalora.resize(layer, part.name, tensors)
-            resized = True
-    return resized
-
-
 def fill(part: Part, source: Any) -> tuple[list[str], list[str]]:
     """Copy the tensors of a file or dict into the adapter's; returns (missing, unexpected) names.
 
@@ -546,8 +529,10 @@ def fill(part: Part, source: Any) -> tuple[list[str], list[str]]:
     found = {key: name for key, name in given.items() if key in targets}
     values = torch_files.read(source, found.values(), mapped=True)
     origin = source if isinstance(source, str) else "state_dict"
-    if part.method == "ADALORA" and _resize(part, {key: values[name] for key, name in found.items()}):
-        targets = {key: tensor for key, _, tensor in part.rows()}
+    if part.method == "ADALORA":
+        layers = [(key, _core_of(wrapper)) for _, key, wrapper in part.wrappers]
+        if torch_adalora.take_ranks(layers, part.name, {key: values[name] for key, name in found.items()}):
+            targets = {key: tensor for key, _, tensor in part.rows()}
     for key, name in found.items():
         target, value = targets[key], values[name]
         if target.shape != value.shape:

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .. import _prepare
-from .._adalora import PARAMETERS
 from . import torch_adalora
 from .torch_inject import attachment, has_adapters, prefix_of
 from .torch_tree import walk
@@ -136,7 +135,7 @@ def set_state(model: Any, given: Any, adapter_name: str, ignore_mismatched_sizes
                 raise KeyError(prefix + key)
     targets = {key: (full, tensor) for key, full, tensor, *_ in rows}
     if _prepare.method_of(config) == "ADALORA" and config.rank_pattern:
-        if _resize(registry, adapter_name, values):
+        if torch_adalora.take_ranks(registry.layers_of(adapter_name), adapter_name, values):
             attachment(home).allocators.pop(adapter_name, None)
         targets = {key: (full, tensor) for key, full, tensor, *_ in registry.tensors(adapter_name)}
     own = home.state_dict(keep_vars=True)
@@ -181,18 +180,6 @@ def _fitting(model: nn.Module, prefix: str, plan: dict[str, Any], ignore: bool) 
         stacklevel=4,
     )
     return {key: pair for key, pair in plan.items() if key not in odd}
-
-
-def _resize(registry: Any, name: str, values: dict[str, torch.Tensor]) -> bool:
-    """AdaLora: give the tensors the ranks that a trained adapter was saved with. Did any change?"""
-    resized = False
-    for path, layer in registry.layers_of(name):
-        stored = values.get(f"{path}.lora_E")
-        if stored is None or stored.shape == layer.lora_E[name].shape:
-            continue
-        torch_adalora.resize(layer, name, {field: values[f"{path}.{field}"] for field in PARAMETERS})
-        resized = True
-    return resized
 
 
 def _peft(model: Any) -> Any:

@@ -104,14 +104,15 @@ def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_
                 key = weight.shape, weight.dtype, own["bias"] is None
                 row = linear.get(key)
                 if row is None:
-                    row = linear[key] = _described(module, "Linear", holders, with_values)
+                    row = linear[key] = _described(module, "Linear", weight, holders, with_values)
         if row is None:
             kind = kind_of(module)
-            if kind and is_packed(weight_of(module)):
-                named = f"{type(module).__name__} of {type(weight_of(module)).__name__}"
+            weight = weight_of(module) if kind else None  # a parametrization computes it each time
+            if is_packed(weight):
+                named = f"{type(module).__name__} of {type(weight).__name__}"
                 row = (named, "", "", 0, 0, None, None, False)
             elif kind:
-                row = _described(module, kind, holders, with_values)
+                row = _described(module, kind, weight, holders, with_values)
             else:
                 row = (type(module).__name__, "", "", 0, 0, None, None, False)
                 if not isinstance(module, nn.MultiheadAttention):  # whose kind is a matter of the instance
@@ -120,12 +121,9 @@ def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_
     return rows
 
 
-def _described(module: nn.Module, kind: str, holders: list[Any], with_values: bool) -> tuple[Any, ...]:
+def _described(module: nn.Module, kind: str, weight: Any, holders: list[Any], with_values: bool) -> tuple[Any, ...]:
     name = type(module).__name__
     parameters = module._parameters
-    weight = parameters.get("weight")
-    if weight is None:  # computed (a parametrization), or an attention's
-        weight = weight_of(module)
     bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     dtype = DTYPES.get(weight.dtype, "I8")
     address = _address(weight, holders) if with_values else None

@@ -1,5 +1,6 @@
 """Adapters on quantised base layers: PEFT makes them. Stand-ins for the libraries here; the libraries: test_quantised_libraries.py."""
 
+import os
 import subprocess
 import sys
 import types
@@ -289,8 +290,6 @@ def test_without_peft_the_error_names_layer_and_remedy():
 
 
 def _paths():
-    import os
-
     here = os.path.dirname(__file__)
     return {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)])}
 
