@@ -363,3 +363,29 @@ def test_the_trainer_resumes_exactly(patched, tmp_path, stop):
         for m in (model, straight)
     ]
     assert patterns[0] == patterns[1]
+
+
+@pytest.mark.parametrize("wrong", ["shape", "lacking"])
+def test_tensors_of_another_rank_that_do_not_go_together_are_refused(wrong):
+    def make():
+        model = peftc.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(6, 5)), peft.AdaLoraConfig(init_r=4, target_modules=["0"], total_step=9)
+        )
+        model.peft_config["default"].rank_pattern = {"0.lora_E": [True, True, False, False]}
+        return model
+
+    state = {
+        key: (value[:, :2] if key.endswith("lora_B") else value[:2]).clone()
+        for key, value in peftc.get_peft_model_state_dict(make()).items()
+    }
+    key = next(key for key in state if key.endswith("lora_A"))
+    if wrong == "shape":
+        state[key] = state[key][:, :3]
+    else:
+        del state[key]
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.0\.lora_E\.default"):
+        peftc.set_peft_model_state_dict(model, state)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
