@@ -75,7 +75,7 @@ test: $(READY_TEST) ## the tests, against PEFT and torch (T=tests/test_x.py: som
 # What depends on the version of Transformers or PEFT, or is compared with them.
 TESTS5 := $(addprefix tests/torch/test_,$(addsuffix .py,generations hotswap_torch transformers_suite lockstep torch_host \
   fallback mixed more_layers defects_torch adalora gradients dispatch dispatch_failures nothing_left \
-  peft_model peft_model_transformers half_precision tuner_api initial_factors))
+  peft_model peft_model_transformers half_precision tuner_api initial_factors training_torch fsdp))
 test5: ## the torch host's tests under the newest Transformers and PEFT, in .venv5 (T=…: some of them)
 	@PEFTC_SEQUENCES=$${PEFTC_SEQUENCES:-60} $(MAKE) --no-print-directory VENV=.venv5 EXTRA=test5 test \
 	  T='$(or $(T),$(TESTS5))'

@@ -12,8 +12,10 @@ import socket
 import traceback
 
 import numpy as np
+import peft
 import pytest
 import torch
+from packaging.version import Version
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -196,6 +198,12 @@ def test_as_with_peft(results, way, entry, config):
         return
     assert not isinstance(theirs, str), theirs
     assert not isinstance(ours, str), ours
-    assert list(ours) == list(theirs) and any(key.startswith("adapter") for key in ours)
+    assert any(key.startswith("adapter") for key in ours)
+    if Version(peft.__version__) >= Version("0.20"):  # leaves out what is in modules that FSDP has wrapped
+        state = [key for key in ours if not key.startswith("adapter")]
+        assert state == [key for key in theirs if not key.startswith("adapter")]
+        assert [key for key in ours if key in theirs] == list(theirs)
+    else:
+        assert list(ours) == list(theirs)
     for key, value in theirs.items():
         np.testing.assert_allclose(ours[key], value, atol=1e-5, rtol=1e-4, err_msg=key)
