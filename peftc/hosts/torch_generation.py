@@ -131,14 +131,15 @@ class Five(Generation):
             from transformers.conversion_mapping import get_model_conversion_mapping
 
             conversions = get_model_conversion_mapping(model)
-        from transformers.core_model_loading import WeightRenaming, apply_renamings
+        from transformers.core_model_loading import WeightRenaming
 
         renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         head = getattr(model, "base_model_prefix", "")
         mapping = {}
         for key, old in plain.items():
-            # Patterns were written for names with the adapter's in them.
-            renamed = apply_renamings(_prepare.name_in_model(old, name, prefix), renamings)
+            renamed = _prepare.name_in_model(old, name, prefix)  # what the patterns were written for
+            for one in renamings:
+                renamed, _ = one.rename_source_key(renamed)
             new = _prepare.name_in_file(renamed, name, prefix)
             if _module_of(new, prefix) not in modules and _module_of(old, prefix) in modules:
                 new = old
@@ -154,20 +155,26 @@ class Five(Generation):
     def report(
         self, model: Any, origin: Any, missing: Iterable[str], unexpected: Iterable[str], mismatched: Any = ()
     ) -> "LoadStateDictInfo":
-        from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
+        from transformers import modeling_utils
+        from transformers.utils import loading_report
 
+        origin = None if origin == "state_dict" else origin
         found: dict[str, Any] = {
             "missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set(mismatched),
-            "error_msgs": [], "conversion_errors": {},
+            "error_msgs": [], "conversion_errors": {}, "disk_offload_index": None,
         }  # fmt: skip
-        info = LoadStateDictInfo(**{f.name: found.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)})
-        log_state_dict_report(
-            model=model,
-            pretrained_model_name_or_path=None if origin == "state_dict" else origin,
-            ignore_mismatched_sizes=True,
-            loading_info=info,
-            logger=adapter_logger(),
-        )
+        since_5_1: Any = getattr(loading_report, "LoadStateDictInfo", None)
+        kind: Any = since_5_1 or modeling_utils.LoadStateDictInfo
+        info = kind(**{f.name: found.get(f.name, set()) for f in dataclasses.fields(kind)})
+        how: dict[str, Any] = {"pretrained_model_name_or_path": origin, "ignore_mismatched_sizes": True}
+        if since_5_1 is not None:
+            loading_report.log_state_dict_report(model=model, loading_info=info, logger=adapter_logger(), **how)
+        else:
+            report: Any = loading_report.log_state_dict_report
+            keys = {field: found[field] for field in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+            keys["mismatched_shapes"] = found["mismatched_keys"]
+            config = modeling_utils.LoadStateDictConfig(**how)
+            report(model=model, load_config=config, logger=adapter_logger(), **keys)
         return info
 
     def saved_modules_gone(self, model: Any, paths: Iterable[str]) -> None:
@@ -202,9 +209,14 @@ def _fused(model: Any, config: Any) -> set[str]:
         return set()
     if not is_installed("peft"):
         return set()
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
     from .torch_peft import as_pefts
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # PEFT before 0.19: Transformers had it then
+        from transformers.integrations import peft as theirs
+
+        convert_peft_config_for_transformers = theirs.convert_peft_config_for_transformers
 
     converted: Any = copy.deepcopy(as_pefts(config))
     before = set(converted.target_parameters or ())
@@ -213,10 +225,20 @@ def _fused(model: Any, config: Any) -> set[str]:
 
 
 def _with_fused_experts(model: Any, config: Any, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's tensors, one for each expert, as those of the parameter that has all experts."""
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    """An adapter's tensors, one for each expert, as those of the parameter that has all experts.
 
+    Raises:
+        ImportError: PEFT is older than 0.19.
+    """
     from .torch_peft import as_pefts
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        raise ImportError(
+            "the adapter has experts that Transformers 5 keeps in one parameter; PEFT 0.19 or newer can put them together: "
+            "pip install -U peft"
+        ) from None
 
     converted: dict[str, Any] = convert_peft_adapter_state_dict_for_transformers(
         model, as_pefts(config), tensors, adapter_name=name

@@ -273,7 +273,7 @@ class PeftModel(nn.Module):
             peft_config: a config of the method that the model has.
             low_cpu_mem_usage: without effect.
             autocast_adapter_dtype: float32 tensors in a half-precision model; None: if the PEFT that is installed does so
-                (0.17 does not, 0.21 does).
+                (since 0.19).
 
         Raises:
             ValueError: another method; the name is taken or has a dot; what `peftc.get_peft_model` refuses.
@@ -289,7 +289,7 @@ class PeftModel(nn.Module):
             if hasattr(peft_config, "modules_to_save"):
                 peft_config.modules_to_save = before
             raise
-        if torch_peft_save.version_of_peft() >= (0, 21) if autocast_adapter_dtype is None else autocast_adapter_dtype:
+        if torch_peft_save.version_of_peft() >= (0, 19) if autocast_adapter_dtype is None else autocast_adapter_dtype:
             self._to_float32(name)
 
     def _check_method(self, config: Any) -> None:

@@ -5,13 +5,12 @@ import inspect
 import peft
 import pytest
 import torch
-import transformers
+from their_mixin import PEFT, V5
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.integrations.peft import PeftAdapterMixin as Theirs
 
 import peftc
 
-V5 = int(transformers.__version__.split(".")[0]) >= 5
 only5 = pytest.mark.skipif(not V5, reason="the signature and the reports of Transformers 5")
 ORIGINAL = {name: method for name, method in vars(Theirs).items() if inspect.isfunction(method)}
 IDS = torch.arange(6)[None]
@@ -132,8 +131,7 @@ def test_what_is_returned(saved, caplog):
     info = model.load_adapter(None, "two", peft_config=config(), adapter_state_dict=state)
     assert info.missing_keys == {absent.replace(".weight", ".two.weight")}  # none of the first adapter's
     assert info.unexpected_keys == {"odd.lora_A.two.weight"}
-    _, report = LlamaForCausalLM.from_pretrained, info.to_dict()
-    assert set(report) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+    assert type(info).__name__ == "LoadStateDictInfo" and info.error_msgs == []
 
 
 @only5
@@ -251,6 +249,7 @@ def one_lora_for_each_expert():
 
 
 @only5
+@pytest.mark.skipif(PEFT < (0, 20), reason="PEFT cannot load them with every Transformers that takes it")
 def test_experts_of_transformers_4(tmp_path):
     def fields():
         return peft.LoraConfig(r=4, target_modules=["w1", "w2", "w3", "q_proj"])

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft_cases import CASES, MLP, Case
+from their_mixin import PEFT
 from torch import nn
 
 import peftc
@@ -558,7 +559,7 @@ def test_several_at_once(case):
     torch.testing.assert_close(results(ours, case.batch()), expected, atol=1e-4, rtol=1e-4)
     merged = ours.merge_and_unload()
     torch.testing.assert_close(results(merged, case.batch()), expected, atol=1e-4, rtol=1e-4)
-    if case.options.get("use_dora") and peft.__version__.startswith("0.17."):
+    if case.options.get("use_dora") and PEFT < (0, 21):
         return  # it takes the norm of the second with the first in the weights: not what it computes unmerged
     alike(theirs, merged, case.batch(), atol=1e-4, rtol=1e-4)
     alike(theirs.merge_and_unload(), merged, case.batch(), atol=1e-4, rtol=1e-4)
@@ -771,7 +772,7 @@ def test_weighted_adapters(how, options, model):
     for one in (theirs, ours):
         torch.manual_seed(3)
         given = dict(weights)
-        if one is theirs and how.endswith("svd") and peft.__version__.startswith("0.17."):
+        if one is theirs and how.endswith("svd") and PEFT < (0, 21):
             # There the products, which are scaled, are scaled once more; later versions do not.
             given = {name: w * theirs.peft_config[name].r / 6 for name, w in weights.items()}
         one.add_weighted_adapter(list(given), list(given.values()), "sum", combination_type=how, **options)

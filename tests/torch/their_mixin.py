@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.integrations.peft import PeftAdapterMixin as TheirMixin
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
+#: (major, minor) of PEFT: what it does otherwise does not always come with Transformers 5
+PEFT = tuple(map(int, peft.__version__.split(".")[:2]))
 
 
 class OnCpu(TheirMixin):
