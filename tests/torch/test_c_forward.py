@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -518,3 +519,36 @@ def test_mixed_parts_that_are_none(parts):
             assert torch_lowrank.mixed_linear(model.fc, torch.randn(2, 6), (("a0", *bounds),)) is None
     with pytest.raises(TypeError, match="mixed_linear"):
         torch_lowrank.mixed_linear(model.fc, torch.randn(2, 6), ["a0"])
+
+
+WITHOUT = """
+import peft
+import torch
+from torch.autograd import forward_ad
+del torch._C._is_any_autocast_enabled, forward_ad._current_level
+import peftc
+from peftc import _core
+from peftc.hosts.torch_watch import runs_eagerly
+
+class Model(peftc.PeftAdapterMixin, torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(x)
+
+model, x = Model(), torch.randn(3, 6)
+base = model(x)
+model.add_adapter(peft.LoraConfig(target_modules=["fc"], r=3, init_lora_weights=False))
+made = model(x)
+layer = model.fc
+torch.testing.assert_close(made, base + x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T * 8 / 3)
+made.sum().backward()
+assert layer.lora_B["default"].weight.grad.abs().sum() > 0 and not runs_eagerly()
+"""
+
+
+def test_a_torch_without_what_is_asked():
+    """Names of torch's that begin with an underscore may go: then its own operations do everything."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT], check=True, timeout=240)
