@@ -156,7 +156,6 @@ def layer_cost(sides, base, rounds):
     ids = torch.tensor([[1]])
     for side in sides:
         side.fresh()
-        side.model.load_adapter  # noqa: B018
         side.model.add_adapter(lora(), "a0")
         side.model.eval()
     plain = copy.deepcopy(base).eval()
