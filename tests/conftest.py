@@ -13,10 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import peftc
 from peftc import manual_seed
 from peftc._core import build_info
 
 HERE = Path(__file__).parent
+
+# Processes that tests start have the package that is tested, also where sys.path alone found it.
+_PATHS = str(Path(peftc.__file__).parents[1]), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 # The sanitized extension runs without torch: its allocator and threads are not built for it, and importing it under
 # AddressSanitizer takes longer than the tests. What imports and builds do is not a matter of memory either.

@@ -170,12 +170,9 @@ def test_without_ml_dtypes(method: str, tmp_path: Any) -> None:
         assert nn.functional.mse_loss(y, np.zeros_like(y))[0] < loss
         print("good")
     """
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True, text=True, check=False, env=_environment(),
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.stdout == "good\n", done.stderr[-3000:]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -17,15 +16,7 @@ HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "safetensors", "acc
 
 
 def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-    # The package that this process tests, also when it was found through sys.path alone.
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(peftc.__file__)), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *options, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_importtime_shows_nothing_heavy():

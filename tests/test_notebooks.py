@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,11 +60,9 @@ def test_it_runs(path, request):
             pytest.importorskip(package)
     if "sentences" in text:
         request.getfixturevalue("network")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", as_script(sources)],
         cwd=path.parent,
-        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -18,12 +17,6 @@ PAGE = ROOT / "docs" / "replace-peft.md"
 NOTEBOOK = ROOT / "docs" / "notebooks" / "adapters.ipynb"
 
 
-def environment() -> dict[str, str]:
-    """With the package that this process tests, also when it was found through sys.path alone."""
-    path = [os.path.dirname(os.path.dirname(peftc.__file__)), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-
-
 def code_blocks(text: str) -> list[str]:
     blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", text, re.MULTILINE)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip("\n") for block in blocks]
@@ -36,7 +29,6 @@ def test_every_block_of_the_page_runs(minilm, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=ROOT,
-        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -74,7 +66,7 @@ def whole(outputs: list[Any]) -> list[str]:
     return found
 
 
-def test_the_notebook_runs_and_has_its_picture(minilm, monkeypatch):
+def test_the_notebook_runs_and_has_its_picture(minilm):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -82,7 +74,6 @@ def test_the_notebook_runs_and_has_its_picture(minilm, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     kept = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in kept)
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute()
     made = [output for cell in notebook.cells for output in cell.get("outputs", [])]

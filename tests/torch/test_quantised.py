@@ -279,19 +279,16 @@ model.add_adapter(peftc.LoraConfig(target_modules=["plain"]))
 
 
 def test_without_peft_the_error_names_layer_and_remedy():
+    paths = os.pathsep.join([os.path.dirname(__file__), os.environ["PYTHONPATH"]])
     run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PEFT], capture_output=True, text=True, env=_paths(), check=False
-    )
+        [sys.executable, "-c", WITHOUT_PEFT],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert len(lines) == 4
     for line, what in zip(lines, ["Linear4bit (quantised)", "Linear of Packed (packed)"] * 2, strict=True):
         assert line.startswith(f"Target module {what} is not supported.") and line.endswith("pip install peft")
-
-
-def _paths():
-    here = os.path.dirname(__file__)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)])}
 
 
 @pytest.mark.parametrize("method", LATER)

@@ -44,8 +44,7 @@ def run(stack, home, report, *arguments):
     environment = standin_hub.environment(home)
     environment["SUITE_STACK"] = stack
     environment["RUN_SLOW"] = "1"
-    paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment["PYTHONPATH"]])
     command = [
         sys.executable,
         "-m",
