@@ -48,6 +48,19 @@ def bounded_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_more_memory() -> Iterator[None]:
+    """Within: what would make the process more than 1 GiB larger gets a MemoryError: code that is not ours may ask for
+    all that the machine has, which ends the process."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """Within: `folder`, which is made, is a tmpfs of that size ("8k", "1m"). Skips the test where it may not mount one."""
     folder.mkdir()

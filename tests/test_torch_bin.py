@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import io
 import pickle
 import random
-import resource
 import types
-from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
 import pytest
 from bin_files import KINDS, archive, changed_file, one, tensor
+from limits import no_more_memory
 
 torch = pytest.importorskip("torch")
 
@@ -313,22 +311,12 @@ STRICTER = {
 }
 
 
-@contextlib.contextmanager
-def little_memory(more: int = 1 << 30):
-    """The process gets this many bytes more and no others. A damaged memo index of eight digits or more makes Python's
-    unpickler ask for a table of that size and fill it: tens of gigabytes, which ends the process and not the call."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 def theirs(data: bytes):
-    """What torch makes of a file; the text of the error where it refuses it."""
-    with little_memory():
+    """What torch makes of a file; the text of the error where it refuses it.
+
+    A damaged memo index of eight digits or more makes Python's unpickler fill a table of that size.
+    """
+    with no_more_memory():
         try:
             return torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:  # noqa: BLE001 - torch raises anything

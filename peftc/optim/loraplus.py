@@ -19,8 +19,8 @@ def loraplus_groups(
 
     Returns:
         Four groups, as PEFT's `create_loraplus_optimizer` makes them; any may be empty: A and the rest; factors of
-        embeddings (only with lr_embedding: in PEFT they end up in the first group); B and vectors; of those, without weight
-        decay, biases and the parameters of LayerNorms.
+        embeddings (only with lr_embedding: in PEFT 0.17 they end up in the first group, 0.21 has 1e-6 for them); B and
+        vectors; of those, without weight decay, biases and the parameters of LayerNorms.
     """
     rest: list[Any] = []
     embeddings: list[Any] = []

@@ -132,6 +132,8 @@ def test_what_is_returned(saved, caplog):
     assert info.missing_keys == {absent.replace(".weight", ".two.weight")}  # none of the first adapter's
     assert info.unexpected_keys == {"odd.lora_A.two.weight"}
     assert type(info).__name__ == "LoadStateDictInfo" and info.error_msgs == []
+    if hasattr(info, "to_dict"):  # not in 5.0
+        assert set(info.to_dict()) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
 
 
 @only5
