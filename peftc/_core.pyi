@@ -274,11 +274,23 @@ def walk_modules(
     """(dotted name, module) of everything below root, each once; wrappers (leads: the way to what is in them) are
     looked through."""
 
+def describe_modules(
+    modules: list[tuple[str, Any]], linear: type | None, of_class: dict[type, Any], describe: Callable[[Any], Any], /
+) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """(name, row for AdapterRegistry.bind) of each module: of_class's, else describe(module); alike linear ones share it.
+    And the modules' own parameters."""
+
 def put_in_eval(root: Any, kinds: dict[type, int], ask: Callable[[type], int], /) -> None:
     """root.eval(); kinds: 0 for classes whose train() is torch's, 1 for adapted layers, 2 for a train() to be called."""
 
 def put_items(objects: list[Any], puts: tuple[tuple[tuple[str, ...], str, Any], ...], /) -> None:
     """Set items in each object; puts are (path, key, a list of a value for each or one for all)."""
+
+def find_places(modules: dict[str, Any], paths: list[str], /) -> tuple[list[Any], list[str], list[Any]]:
+    """(parents, keys, tops) such that parent._modules[key] is top, of modules by their dotted names."""
+
+def tensors_over(arena: Any, groups: list[Any], count: int, /) -> list[Any] | None:
+    """torch tensors over AdapterRegistry.layout's arena; None where torch cannot be asked to make them."""
 
 def own_parameters(modules: list[Any], /) -> list[Any]: ...
 def parameters_of(layers: list[Any], fields: tuple[str, ...], name: str, /) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal
 
@@ -540,7 +540,7 @@ def as_peftc_json(config: Any) -> str:
     """
     if not hasattr(config, "peft_type") or not callable(getattr(config, "to_dict", None)):
         raise TypeError(f"a config with peft_type and to_dict() is needed, got {type(config).__name__}")
-    values = dict(config.to_dict())
+    values = _values_of(config)
     values.pop("runtime_config", None)
     for key, value in values.items():
         if isinstance(value, (set, frozenset)):
@@ -549,6 +549,16 @@ def as_peftc_json(config: Any) -> str:
 
 
 # --------------------------------------------------------------------------- helpers
+
+#: where to_dict is known to be a deep copy of all fields but runtime_config
+_COPYING = ("peft.config", "peft.tuners.lora.config", __name__)
+
+
+def _values_of(config: Any) -> dict[str, Any]:
+    """What config.to_dict() gives, to be read only: where copying is all that it does, without copies."""
+    if getattr(type(config).to_dict, "__module__", None) in _COPYING and is_dataclass(config):
+        return {field.name: getattr(config, field.name) for field in fields(config)}
+    return dict(config.to_dict())
 
 
 def _class_of(peft_type: Any) -> type[PeftConfig]:
@@ -591,7 +601,9 @@ def _dump(values: dict[str, Any], indent: int | None = 2) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own type for NumPy and torch scalars, a list for a set."""
+    """Python's own type for NumPy and torch scalars, a list for a set, a dict for a config inside a config."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
     if callable(getattr(value, "item", None)) and getattr(value, "ndim", 0) == 0:

@@ -1,7 +1,7 @@
 """One adapter on a torch model: the layers that it is in, and its tensors, put into them and taken out by the hundred."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, compress, pairwise
 from typing import Any
 
@@ -128,10 +128,12 @@ class Tensors:
     @classmethod
     def over(cls, arena: Any, groups: Any, parameters: list[str], slots: Sequence[Any]) -> "Tensors":
         """Over the core's arena, which may still be without its values."""
-        tensors: list[Any] = [None] * len(parameters)
-        for _, dtype, shape, offsets, indices in groups:
-            for index, tensor in zip(indices, _pieces(arena, FROM_NAME[dtype], shape, offsets), strict=True):
-                tensors[index] = tensor
+        tensors: Any = _core.tensors_over(arena, groups, len(parameters))
+        if tensors is None:
+            tensors = [None] * len(parameters)
+            for _, dtype, shape, offsets, indices in groups:
+                for index, tensor in zip(indices, _pieces(arena, FROM_NAME[dtype], shape, offsets), strict=True):
+                    tensors[index] = tensor
         return cls(tensors, parameters, [slot[6] for slot in slots])
 
     def columns(self, *parameters: str) -> list[list[torch.Tensor]] | None:
@@ -157,12 +159,14 @@ class Tensors:
             [self._counts[i] for i in which],
         )
 
-    def send_home(self, bases: Sequence[Any], finish: Callable[[], None]) -> None:
-        """Where a slot's base layer is not in the CPU's memory, take copies on its device instead, after a call of finish()."""
+    def send_home(self, bases: Sequence[Any], elsewhere: Mapping[int, Any], finish: Callable[[], None]) -> None:
+        """Where a slot's base layer is not in the CPU's memory, take copies on its device instead, after a call of finish().
+
+        elsewhere: id → module, of modules that may be such.
+        """
         spans = self._spans()
         for i, base in enumerate(bases):
-            weight = base._parameters.get("weight")
-            if weight is not None and weight.is_cpu:
+            if id(base) not in elsewhere:
                 continue
             device = home_of(base)
             if device.type != "cpu":

@@ -154,7 +154,7 @@ def _warn_if_targets_differ(model: Any, name: str, made: MadeAdapter) -> None:
     adapted = set(attached.registry.adapted_modules(name))
     checker = AdapterRegistry()
     modules = attached.host.named_modules(model)
-    checker.bind(describe(modules, [], False), attached.host.output_embedding(model, modules))
+    checker.bind(describe(modules, False).rows, attached.host.output_embedding(model, modules))
     try:
         checker.add(name, json.dumps({**json.loads(made.text), "bias": "none"}))
         meant = set(checker.adapted_modules(name))

@@ -105,14 +105,14 @@ class TorchRegistry:
 
     def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:
         """Make a fresh adapter; it is listed but not active."""
-        with _no_collections():
+        with _grown_up():
             self._make(name, config, None, label, seed, trainable)
 
     def load(
         self, name: str, config: str, source: Any, *, label: str = "config", seed: int = 0, trainable: bool = False
     ) -> tuple[list[str], list[str]]:
         """Make an adapter from a file or a dict of arrays; returns (missing, unexpected) names."""
-        with _no_collections():
+        with _grown_up():
             keys = self._make(name, config, source, label, seed, trainable)
             if trainable:
                 for _, layer in self._adapters[name].layers:
@@ -126,11 +126,11 @@ class TorchRegistry:
         bias = values.get("bias") or "none"
         if bias in ("all", "lora_only"):
             text = json.dumps({**values, "bias": "none"})  # torch's biases are parameters of the base: seen to here
-        holders: list[Any] = []
         init = values.get("init_lora_weights", True)
         with_values = isinstance(init, str) or bool(values.get("use_dora"))
         builder = AdapterRegistry()
-        builder.bind(describe(self._bound, holders, with_values), self._output_embedding)
+        described = describe(self._bound, with_values)
+        builder.bind(described.rows, self._output_embedding)
         missing: list[str] = []
         unexpected: list[str] = []
         # What is computed from the base weights is for all threads together; the rest is drawn, or read, while layers are made.
@@ -145,7 +145,7 @@ class TorchRegistry:
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         tensors = Tensors.over(arena, groups, listed[2], slots)
         adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
-        tensors.send_home([modules[slot[0]] for slot in slots], builder.finish)
+        tensors.send_home([modules[slot[0]] for slot in slots], described.elsewhere, builder.finish)
         put = adapter.plan_put(tensors, slots, config)
         if values.get("use_dora"):
             for path, *_ in slots:
@@ -155,20 +155,25 @@ class TorchRegistry:
         adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
         if source is not None:
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
-        builder.finish()
+        adapter.enlist(*listed)
+        join_peft()
+        builder.finish()  # as late as can be: the values are still on their way
 
         # Nothing below fails.
-        join_peft()
         for parent, key, layer in splices:
             parent._modules[key] = layer
         for do in put:
             do()
-        adapter.enlist(*listed)
-        self._enter(adapter, saved, trainable)
+        self._enter(adapter, saved, described.parameters, trainable)
         return missing, unexpected
 
-    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]], trainable: bool) -> None:
-        """List an adapter whose layers are in; it alone is trainable then, if at all. Nothing here fails."""
+    def _enter(
+        self, adapter: Adapter, saved: list[tuple[str, nn.Module]], base: list[Any], trainable: bool
+    ) -> None:
+        """List an adapter whose layers are in; it alone is trainable then, if at all. Nothing here fails.
+
+        base: the parameters of the model without adapters.
+        """
         name = adapter.name
         for path, module in saved:
             parent, key = place_of(self.model, path)
@@ -180,8 +185,7 @@ class TorchRegistry:
             module.requires_grad_(False)
             adapter.saved.append((path, wrapper))
         self._adapters[name] = adapter
-        base = _core.own_parameters([module for _, module in self._bound])
-        _core.set_requires_grad([parameter for parameter in base if parameter.requires_grad], False)
+        _core.set_requires_grad(base, False)
         for other in list(self._flagged):
             self._flag(other, False)
         self.set_trainable(name, trainable)
@@ -226,7 +230,7 @@ class TorchRegistry:
         if source is not None:
             missing, unexpected = torch_peft.fill(part, source)
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
-        self._enter(adapter, saved, trainable)
+        self._enter(adapter, saved, _core.own_parameters([module for _, module in self._bound]), trainable)
         if source is not None and trainable:
             part.train(True)
         return missing, unexpected
@@ -236,30 +240,27 @@ class TorchRegistry:
     ) -> tuple[list[tuple[str, Any]], list[tuple[Any, str, Any]]]:
         """(module's name, layer) for each slot; (parent, key, layer) for each layer that is new."""
         known = _LAYERS[method]
+        paths = [slot[0] for slot in slots]
         layers: dict[str, Any] = {}
         new: dict[Any, list[tuple[str, Any, str, Any]]] = {}  # by class
-        for path, *_ in slots:
-            above, _, key = path.rpartition(".")
-            parent = modules[above]
-            top = parent._modules[key]
-            if leads.get(type(top)) != ():
-                parent, key = place(parent, key)
-                top = parent._modules[key]
-            kind = kind_of(modules[path])
-            if kind == "MultiheadAttention" and any(slot[0] == f"{path}.out_proj" for slot in slots):
-                raise ValueError(
-                    f"{path}.out_proj is adapted with {path} already: leave it out of target_modules (its own forward pass "
-                    "is never called)"
-                )
-            cls = known[kind]
+        classes: dict[Any, Any] = {}  # of bases that are layers without adapters → of their adapted layers
+        for path, parent, key, top in zip(paths, *_core.find_places(modules, paths), strict=True):
             layers[path] = top
+            cls = classes.get(type(top))
+            if cls is None:
+                cls = known[_kind_of_slot(path, modules[path], paths)]
+                if type(top) is nn.Linear:
+                    classes[nn.Linear] = cls
+                elif leads.get(type(top)) != ():
+                    parent, key = place(parent, key)
+                    top = layers[path] = parent._modules[key]
             if type(top) is not cls:
                 new.setdefault(cls, []).append((path, parent, key, top))
         splices: list[tuple[Any, str, Any]] = []
         for cls, places in new.items():
-            paths, parents, keys, tops = zip(*places, strict=True)
+            names, parents, keys, tops = zip(*places, strict=True)
             made = cls.around(tops, self.switch)
-            layers.update(zip(paths, made, strict=True))
+            layers.update(zip(names, made, strict=True))
             splices += zip(parents, keys, made, strict=True)
         return list(layers.items()), splices
 
@@ -715,6 +716,17 @@ class TorchRegistry:
         self.switch = Switch()
 
 
+def _kind_of_slot(path: str, module: Any, paths: list[str]) -> str:
+    """What a module that is to be adapted does; paths has the names of all that are. Raises ValueError for one inside another."""
+    kind = kind_of(module)
+    if kind == "MultiheadAttention" and f"{path}.out_proj" in paths:
+        raise ValueError(
+            f"{path}.out_proj is adapted with {path} already: leave it out of target_modules (its own forward pass "
+            "is never called)"
+        )
+    return kind
+
+
 def _name_below(path: str, layer: AdaptedLayer, parameter: str, name: str) -> str:
     """An adapter's tensor in the model, by its layer's name and the name that the core has for it."""
     field, _, part = parameter.partition(".")
@@ -730,16 +742,30 @@ def _watched(items: Any, progressbar: bool) -> Any:
     return tqdm(items, desc="Unloading and merging model")
 
 
+#: whether the process has never been seen to keep objects from the garbage collector (gc.freeze), which counting them tells
+_nothing_frozen = True
+
+
 @contextmanager
-def _no_collections() -> Iterator[None]:
-    """Thousands of objects come at once, and none is garbage: collections on the way would look at them for nothing."""
-    enabled = gc.isenabled()
+def _grown_up() -> Iterator[None]:
+    """Objects made inside go straight to the garbage collector's oldest generation, where they would end up anyway.
+
+    Thousands come at once, and none is garbage: the collections on the way there would look at each of them for nothing.
+    """
+    global _nothing_frozen
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect(1)  # what is young by now, garbage or not, is not to be skipped
     gc.disable()
     try:
         yield
+        _nothing_frozen = _nothing_frozen and gc.get_freeze_count() == 0
+        if _nothing_frozen:  # else it would be unfrozen
+            gc.freeze()
+            gc.unfreeze()
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 def join_peft() -> None:

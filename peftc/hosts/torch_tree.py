@@ -3,8 +3,7 @@
 Adapted layers and saved modules are looked through: a name means the same module whether it is wrapped or not.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -87,38 +86,45 @@ def home_of(module: Any) -> torch.device:
     return device
 
 
-def describe(modules: Sequence[tuple[str, nn.Module]], holders: list[Any], with_values: bool) -> list[Any]:
-    """(name, module as `AdapterRegistry.bind` takes those of other libraries) for each module.
+class Description(NamedTuple):
+    """What an adapter needs to know of a model's modules."""
 
-    holders keeps the tensors whose addresses are given alive; with_values=False gives none.
-    """
-    opaque: dict[type, Any] = {}  # of the classes that no adapter has code for
-    linear: dict[Any, Any] = {}  # of linear layers, by what their rows say
-    rows = []
-    for name, module in modules:
-        row = opaque.get(type(module))
-        if type(module) is nn.Linear and not with_values:
-            own = module._parameters
-            weight = own.get("weight")
-            if weight is not None and "bias" in own and type(weight) in _PLAIN:
-                key = weight.shape, weight.dtype, own["bias"] is None
-                row = linear.get(key)
-                if row is None:
-                    row = linear[key] = _described(module, "Linear", weight, holders, with_values)
-        if row is None:
-            kind = kind_of(module)
-            weight = weight_of(module) if kind else None  # a parametrization computes it each time
-            if is_packed(weight):
-                named = f"{type(module).__name__} of {type(weight).__name__}"
-                row = (named, "", "", 0, 0, None, None, False)
-            elif kind:
-                row = _described(module, kind, weight, holders, with_values)
-            else:
-                row = (type(module).__name__, "", "", 0, 0, None, None, False)
-                if not isinstance(module, nn.MultiheadAttention):  # whose kind is a matter of the instance
-                    opaque[type(module)] = row
-        rows.append((name, row))
-    return rows
+    rows: list[tuple[str, Any]]  # (name, module as `AdapterRegistry.bind` takes those of other libraries)
+    parameters: list[Any]  # the modules' own
+    elsewhere: dict[int, nn.Module]  # id → module, of those whose weight is not in the CPU's memory
+    holders: list[Any]  # keep the tensors alive whose addresses are in the rows
+
+
+def describe(modules: list[tuple[str, nn.Module]], with_values: bool) -> Description:
+    """Describe modules, which are given with their names; with_values=False gives no addresses of weights."""
+    elsewhere: dict[int, nn.Module] = {}
+    holders: list[Any] = []
+
+    def row(module: nn.Module) -> tuple[Any, ...]:
+        kind = kind_of(module)
+        weight = weight_of(module) if kind else None  # a parametrization computes it each time
+        if is_packed(weight):
+            return _opaque(f"{type(module).__name__} of {type(weight).__name__}")
+        if weight is not None:
+            if not weight.is_cpu:
+                elsewhere[id(module)] = module
+            return _described(module, kind, weight, holders, with_values)
+        cls = type(module)
+        if not issubclass(cls, tuple(_EXACT)) and cls.__name__ != "Conv1D":  # else it may be a matter of the instance
+            _OPAQUE[cls] = _opaque(cls.__name__)
+        return _opaque(cls.__name__)
+
+    rows, parameters = _core.describe_modules(modules, None if with_values else nn.Linear, _OPAQUE, row)
+    return Description(rows, parameters, elsewhere, holders)
+
+
+#: class → the row of its modules, of classes that no adapter has code for; filled as they are met
+_OPAQUE: dict[type, tuple[Any, ...]] = {}
+
+
+def _opaque(name: str) -> tuple[Any, ...]:
+    """The row of a module that no adapter has code for."""
+    return (name, "", "", 0, 0, None, None, False)
 
 
 def _described(module: nn.Module, kind: str, weight: Any, holders: list[Any], with_values: bool) -> tuple[Any, ...]:

@@ -2,8 +2,6 @@
 
 #include <string.h>
 
-#include "memory.h"
-
 const char *pc_kind_name(pc_kind kind)
 {
     static const char *const names[] = {
@@ -67,30 +65,22 @@ void pc_module_table_init(pc_module_table *table)
 {
     memset(table, 0, sizeof *table);
     pc_strmap_init(&table->by_name);
-}
-
-static void free_names(pc_module *module)
-{
-    pc_free((void *)(uintptr_t)module->name);
-    pc_free((void *)(uintptr_t)module->class_name);
+    pc_pool_init_scratch(&table->names);
 }
 
 void pc_module_table_free(pc_module_table *table)
 {
     pc_strmap_free(&table->by_name);
-    for (size_t i = 0; i < table->count; i++)
-        free_names(&table->items[i]);
+    pc_pool_free(&table->names);
     pc_free(table->items);
     pc_module_table_init(table);
 }
 
-static pc_status reserve(pc_module_table *table, pc_error *err)
+static pc_status grow(pc_module_table *table, size_t capacity, pc_error *err)
 {
-    if (table->count < table->capacity)
-        return PC_OK;
-    size_t capacity = table->capacity != 0 ? table->capacity * 2 : 64, bytes;
+    size_t bytes;
     if (capacity > INT32_MAX) /* module indices are int32_t */
-        return pc_fail(err, PC_ERR_VALUE, "a model with more than %zu modules is not supported", table->count);
+        return pc_fail(err, PC_ERR_VALUE, "a model with more than %d modules is not supported", INT32_MAX);
     pc_module *items = pc_mul_size(capacity, sizeof *items, &bytes) ? pc_realloc(table->items, bytes) : NULL;
     if (items == NULL)
         return pc_fail_nomem(err, "the module table");
@@ -99,23 +89,42 @@ static pc_status reserve(pc_module_table *table, pc_error *err)
     return PC_OK;
 }
 
+pc_status pc_module_table_reserve(pc_module_table *table, size_t more, pc_error *err)
+{
+    size_t count;
+    if (!pc_add_size(table->count, more, &count))
+        return pc_fail_nomem(err, "the module table");
+    pc_status status = count > table->capacity ? grow(table, count, err) : PC_OK;
+    if (status == PC_OK && !pc_strmap_reserve(&table->by_name, count))
+        return pc_fail_nomem(err, "the module table");
+    return status;
+}
+
+/* The class's name in the table's own memory: neighbours often have the same. */
+static const char *keep_class_name(pc_module_table *table, const char *name)
+{
+    const pc_module *last = table->count != 0 ? &table->items[table->count - 1] : NULL;
+    if (last != NULL && strcmp(last->class_name, name) == 0)
+        return last->class_name;
+    return pc_pool_strndup(&table->names, name, strlen(name));
+}
+
 pc_status pc_module_table_add(pc_module_table *table, const pc_module *module, size_t *index, pc_error *err)
 {
     if (pc_module_table_find(table, module->name, module->name_len) != NULL)
         return pc_fail(err, PC_ERR_VALUE, "the model has two modules with the name \"%.*s\"", (int)module->name_len,
                        module->name);
-    pc_status status = reserve(table, err);
+    pc_status status = PC_OK;
+    if (table->count == table->capacity)
+        status = grow(table, table->capacity != 0 ? table->capacity * 2 : 64, err);
     if (status != PC_OK)
         return status;
     pc_module copy = *module;
-    const char *class_name = module->class_name != NULL ? module->class_name : pc_kind_name(module->kind);
-    copy.name = pc_strndup(module->name, module->name_len);
-    copy.class_name = pc_strndup(class_name, strlen(class_name));
+    copy.name = pc_pool_strndup(&table->names, module->name, module->name_len);
+    copy.class_name = keep_class_name(table, module->class_name != NULL ? module->class_name : pc_kind_name(module->kind));
     if (copy.name == NULL || copy.class_name == NULL ||
-        !pc_strmap_put(&table->by_name, copy.name, copy.name_len, table->count)) {
-        free_names(&copy);
+        !pc_strmap_put(&table->by_name, copy.name, copy.name_len, table->count))
         return pc_fail_nomem(err, "the module table");
-    }
     if (index != NULL)
         *index = table->count;
     table->items[table->count++] = copy;

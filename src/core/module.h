@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "dtype.h"
+#include "memory.h"
 #include "status.h"
 #include "strmap.h"
 
@@ -63,10 +64,13 @@ typedef struct pc_module_table {
     pc_module *items;
     size_t count, capacity;
     pc_strmap by_name;
+    pc_pool names; /* and names of classes */
 } pc_module_table;
 
 void pc_module_table_init(pc_module_table *table);
 void pc_module_table_free(pc_module_table *table);
+/* Have room for `more` modules, which saves moving the table as it grows. */
+pc_status pc_module_table_reserve(pc_module_table *table, size_t more, pc_error *err);
 /* Append a copy of *module (name and class_name are copied too).  A name that
  * is already there is PC_ERR_VALUE. */
 pc_status pc_module_table_add(pc_module_table *table, const pc_module *module, size_t *index, pc_error *err);

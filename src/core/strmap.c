@@ -57,9 +57,8 @@ static struct pc_strmap_entry *find(const pc_strmap *map, uint64_t hash, const c
     }
 }
 
-static bool grow(pc_strmap *map)
+static bool grow(pc_strmap *map, size_t capacity)
 {
-    size_t capacity = map->capacity != 0 ? map->capacity * 2 : 16;
     pc_strmap bigger = *map;
     bigger.entries = pc_calloc(capacity, sizeof *bigger.entries);
     if (bigger.entries == NULL)
@@ -75,9 +74,18 @@ static bool grow(pc_strmap *map)
     return true;
 }
 
+bool pc_strmap_reserve(pc_strmap *map, size_t count)
+{
+    size_t capacity = map->capacity != 0 ? map->capacity : 16;
+    while (count >= capacity / 4 * 3)
+        if (!pc_mul_size(capacity, 2, &capacity))
+            return false;
+    return capacity == map->capacity || grow(map, capacity);
+}
+
 bool pc_strmap_put(pc_strmap *map, const char *key, size_t len, size_t value)
 {
-    if (map->count * 4 >= map->capacity * 3 && !grow(map))
+    if (map->count * 4 >= map->capacity * 3 && !grow(map, map->capacity != 0 ? map->capacity * 2 : 16))
         return false;
     uint64_t hash = hash_bytes(map->seed, key, len);
     struct pc_strmap_entry *e = find(map, hash, key, len);

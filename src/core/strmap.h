@@ -18,6 +18,8 @@ typedef struct pc_strmap {
 void pc_strmap_init(pc_strmap *map);
 void pc_strmap_free(pc_strmap *map);
 
+/* Have room for this many keys in all; false when out of memory (map unchanged). */
+bool pc_strmap_reserve(pc_strmap *map, size_t count);
 /* Map key to value, replacing an earlier value; false when out of memory (map unchanged). */
 bool pc_strmap_put(pc_strmap *map, const char *key, size_t len, size_t value);
 /* True and *value if the key is there. */

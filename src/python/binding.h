@@ -83,7 +83,10 @@ int peftc_add_functional(PyObject *module, peftc_state *state);
 int peftc_add_adalora(PyObject *module, peftc_state *state);  /* AdaLora's importance and budget */
 int peftc_add_torch(PyObject *module, peftc_state *state);    /* kernels on torch tensors */
 int peftc_add_torch_modules(PyObject *module, peftc_state *state);
-int peftc_add_torch_tree(PyObject *module, peftc_state *state);
+int peftc_add_torch_walk(PyObject *module, peftc_state *state);
+int peftc_add_torch_eval(PyObject *module, peftc_state *state);
+int peftc_add_torch_slots(PyObject *module, peftc_state *state);
+int peftc_add_torch_tensors(PyObject *module, peftc_state *state);
 int peftc_add_torch_places(PyObject *module, peftc_state *state);
 int peftc_add_torch_forward(PyObject *module, peftc_state *state);
 int peftc_add_torch_node(PyObject *module, peftc_state *state);

@@ -6,27 +6,19 @@
 
 /* ------------------------------------------------- what DLPack 1.x lays down */
 
-typedef struct exchange_tensor { /* a tensor described, not owned */
-    void *data;
-    int32_t device_type, device_index;
-    int32_t ndim;
-    uint8_t kind, bits; /* kind of number, and its size */
-    uint16_t lanes;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-} exchange_tensor;
-
 #define DEVICE_CPU 1
 #define KIND_FLOAT 2
 #define KIND_BFLOAT 4
 
-typedef int (*describe_fn)(void *object, exchange_tensor *out); /* 0, or -1 with an exception set */
+typedef int (*describe_fn)(void *object, peftc_exchange_tensor *out); /* 0, or -1 with an exception set */
+typedef int (*make_fn)(peftc_owned_tensor *tensor, void **object);   /* likewise; the tensor is torch's then */
 
 typedef struct exchange_api {
     uint32_t major, minor;
     struct exchange_api *older; /* the table of an earlier major version, or NULL */
-    void (*allocate)(void), (*export_owned)(void), (*import_owned)(void); /* not called here */
-    describe_fn describe;                                                  /* may be NULL */
+    void (*allocate)(void), (*export_owned)(void); /* not called here */
+    make_fn make;
+    describe_fn describe; /* these two may be NULL */
 } exchange_api;
 
 #define CAPSULE_NAME "dlpack_exchange_api"
@@ -37,6 +29,7 @@ typedef struct exchange_api {
 typedef struct peftc_torch {
     PyTypeObject *tensor, *parameter;
     PyObject *capsule; /* keeps the table */
+    const exchange_api *api; /* NULL: without one */
     describe_fn describe;
     PyObject *is_neg_method; /* torch.Tensor.is_neg */
     PyCFunction is_neg;      /* and what is behind it, where it is a plain function of C */
@@ -79,15 +72,15 @@ int peftc_visit_torch(peftc_state *state, visitproc visit, void *arg)
     return 0;
 }
 
-/* The function of the table that the capsule holds, or NULL without an exception. */
-static describe_fn describe_of(PyObject *capsule)
+/* The table that the capsule holds, or NULL without an exception. */
+static const exchange_api *api_of(PyObject *capsule)
 {
     if (capsule == NULL || !PyCapsule_IsValid(capsule, CAPSULE_NAME))
         return NULL;
     const exchange_api *api = PyCapsule_GetPointer(capsule, CAPSULE_NAME);
     while (api != NULL && api->major > MAJOR_VERSION)
         api = api->older;
-    return api != NULL && api->major == MAJOR_VERSION ? api->describe : NULL;
+    return api != NULL && api->major == MAJOR_VERSION ? api : NULL;
 }
 
 /* torch's threads, if its OpenMP is one that all of the process can see, as torch arranges for where it can. */
@@ -139,7 +132,8 @@ static peftc_torch *torch_learn(PyObject *module)
     }
     torch->capsule = PyObject_GetAttrString((PyObject *)torch->tensor, "__dlpack_c_exchange_api__");
     PyErr_Clear(); /* without one: attribute by attribute */
-    torch->describe = describe_of(torch->capsule);
+    torch->api = api_of(torch->capsule);
+    torch->describe = torch->api != NULL ? torch->api->describe : NULL;
     torch->threads = borrow_threads();
     Py_DECREF(nn);
     return torch;
@@ -192,7 +186,7 @@ static pc_dtype dtype_of_attribute(const peftc_torch *torch, PyObject *dtype)
                                       : PC_DTYPE_NONE;
 }
 
-static pc_dtype dtype_of_exchange(const exchange_tensor *tensor)
+static pc_dtype dtype_of_exchange(const peftc_exchange_tensor *tensor)
 {
     if (tensor->lanes != 1)
         return PC_DTYPE_NONE;
@@ -255,7 +249,7 @@ done:
 
 static bool read_exchange(const peftc_torch *torch, PyObject *obj, peftc_tensor *out)
 {
-    exchange_tensor tensor = {.data = NULL};
+    peftc_exchange_tensor tensor = {.data = NULL};
     if (torch->describe(obj, &tensor) != 0 || tensor.device_type != DEVICE_CPU)
         return false;
     out->dtype = dtype_of_exchange(&tensor);
@@ -298,6 +292,38 @@ bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out)
     }
     return ((uintptr_t)out->data & (pc_dtype_size(out->dtype) - 1)) == 0;
 }
+
+/* --------------------------------------------------------------------- making */
+
+bool peftc_makes_tensors(peftc_state *state)
+{
+    const peftc_torch *torch = state->torch != NULL ? state->torch : torch_find(state);
+    return torch != NULL && torch->api != NULL && torch->api->make != NULL;
+}
+
+PyObject *peftc_make_tensor(peftc_state *state, peftc_owned_tensor *owned, void *data, pc_dtype dtype, int ndim,
+                            const int64_t *shape, const int64_t *strides)
+{
+    const exchange_api *api = state->torch->api;
+    void *made = NULL;
+    owned->major = api->major;
+    owned->minor = api->minor;
+    owned->tensor = (peftc_exchange_tensor){.data = data,
+                                            .device_type = DEVICE_CPU,
+                                            .ndim = ndim,
+                                            .kind = dtype == PC_BF16 ? KIND_BFLOAT : KIND_FLOAT,
+                                            .bits = (uint8_t)(8 * pc_dtype_size(dtype)),
+                                            .lanes = 1,
+                                            .shape = (int64_t *)(uintptr_t)shape,
+                                            .strides = (int64_t *)(uintptr_t)strides};
+    if (api->make(owned, &made) != 0) { /* it stays the caller's */
+        owned->delete(owned);
+        return NULL;
+    }
+    return made;
+}
+
+/* --------------------------------------------------------------------- as rows */
 
 bool peftc_tensor_rows(const peftc_tensor *t, peftc_rows *out)
 {

@@ -1,8 +1,8 @@
 /* torch tensors as plain memory, without torch's headers.
  *
- * torch publishes a table of C functions (DLPack's exchange interface) as a capsule on its tensor type; the one that
- * we call tells where a tensor's memory is in tens of nanoseconds.  A torch that has no such table is asked attribute
- * by attribute, with the same results.
+ * torch publishes a table of C functions (DLPack's exchange interface) as a capsule on its tensor type: one tells where a
+ * tensor's memory is in tens of nanoseconds, one makes a tensor.  A torch that has no such table is asked attribute
+ * by attribute, with the same results, and does not make tensors here.
  */
 #ifndef PEFTC_PYTHON_DLPACK_H
 #define PEFTC_PYTHON_DLPACK_H
@@ -13,6 +13,17 @@
 
 /* More dimensions than any activation has; a tensor with more is left to torch. */
 #define PEFTC_MAX_DIMS 8
+
+/* A tensor as DLPack 1.x describes it. */
+typedef struct peftc_exchange_tensor {
+    void *data;
+    int32_t device_type, device_index;
+    int32_t ndim;
+    uint8_t kind, bits; /* kind of number, and its size */
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} peftc_exchange_tensor;
 
 typedef struct peftc_tensor {
     char *data;
@@ -35,6 +46,23 @@ typedef struct peftc_rows {
  * (torch's negative bit; of Parameters, which are made from what has been computed, this is not asked), misaligned.
  * torch's modes (autocast, dispatch modes, forward-mode AD) are not visible here: callers look at them. */
 bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out);
+
+/* What torch keeps of memory that it was given: DLPack's managed tensor. The caller provides it, and sets the first two. */
+typedef struct peftc_owned_tensor {
+    uint32_t major, minor;
+    void *context;                                        /* the caller's */
+    void (*delete)(struct peftc_owned_tensor *tensor); /* called when torch is done with the memory: in any thread, without the GIL */
+    uint64_t flags;
+    peftc_exchange_tensor tensor;
+} peftc_owned_tensor;
+
+/* Can tensors be made? */
+bool peftc_makes_tensors(peftc_state *state);
+
+/* A torch.Tensor over `data`, contiguous; a new reference. NULL with an exception: `delete` has been called then, too.
+ * shape and strides (in elements) are read in the call only. */
+PyObject *peftc_make_tensor(peftc_state *state, peftc_owned_tensor *owned, void *data, pc_dtype dtype, int ndim,
+                            const int64_t *shape, const int64_t *strides);
 
 /* The same tensor as rows; false if the rows are not evenly spaced or their elements are not neighbours. */
 bool peftc_tensor_rows(const peftc_tensor *tensor, peftc_rows *out);

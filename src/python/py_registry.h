@@ -49,6 +49,8 @@ PyObject *registry_pin_weights(registry_object *self, peftc_state *state);
 
 /* An object that keeps an arena alive under the arrays that view it. */
 PyObject *registry_arena(peftc_state *state, pc_arena *arena);
+/* The arena (borrowed) that such an object keeps alive under this array; NULL, without an exception, for anything else. */
+pc_arena *registry_arena_under(peftc_state *state, PyObject *array);
 extern PyType_Spec registry_arena_spec;
 
 /* Methods, with their docstrings, by the file that holds them. */

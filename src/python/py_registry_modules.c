@@ -185,6 +185,12 @@ PyObject *registry_bind(PyObject *op, PyObject *args, PyObject *kwargs)
     }
     int result = registry_lock(self);
     if (result == 0) {
+        pc_error err;
+        pc_module_table *table = pc_registry_modules(self->core);
+        if (table->count == 0 && pc_module_table_reserve(table, (size_t)count, &err) != PC_OK) {
+            peftc_raise(state, &err);
+            result = -1;
+        }
         foreign_rows seen = {.rows = {NULL}};
         for (Py_ssize_t i = 0; i < count && result == 0; i++) {
             PyObject *pair = PyTuple_GET_ITEM(pairs, i);

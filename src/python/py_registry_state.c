@@ -38,6 +38,12 @@ PyObject *registry_arena(peftc_state *state, pc_arena *arena)
     return (PyObject *)self;
 }
 
+pc_arena *registry_arena_under(peftc_state *state, PyObject *array)
+{
+    PyObject *base = PyArray_Check(array) ? PyArray_BASE((PyArrayObject *)array) : NULL;
+    return base != NULL && Py_IS_TYPE(base, state->arena_type) ? ((arena_object *)base)->arena : NULL;
+}
+
 static PyObject *tensor_array(peftc_state *state, const pc_adapter *adapter, const pc_tensor *tensor, PyObject *owner)
 {
     npy_intp shape[PC_TENSOR_DIMS];

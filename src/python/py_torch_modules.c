@@ -54,7 +54,7 @@ static PyObject *stamp(PyObject *template, PyObject *items, PyObject *no_args, P
     Py_ssize_t at = 0;
     while (dict != NULL && PyDict_Next(items, &at, &key, &value)) {
         const bool tree = modules != NULL && PyDict_Check(value) && PyDict_GET_SIZE(value) > 0 &&
-                          PyUnicode_Check(key) && PyUnicode_Compare(key, modules) == 0;
+                          (key == modules || (PyUnicode_Check(key) && PyUnicode_Compare(key, modules) == 0));
         PyObject *own = tree ? own_children(value, no_args, modules) : own_value(value);
         if (own == NULL || (own != value && PyDict_SetItem(dict, key, own) < 0))
             Py_CLEAR(dict);
@@ -69,11 +69,11 @@ static PyObject *stamp(PyObject *template, PyObject *items, PyObject *no_args, P
     return made;
 }
 
-/* The template's __dict__, a new reference; TypeError if it has none of the ordinary kind. */
+/* The template's __dict__, a new reference; AttributeError if it has none, TypeError if that is not of the ordinary kind. */
 static PyObject *items_of(PyObject *template)
 {
-    PyObject *items = PyObject_GetAttrString(template, "__dict__");
-    if (items != NULL && (!PyDict_CheckExact(items) || Py_TYPE(template)->tp_new == NULL)) {
+    PyObject *items = PyObject_GenericGetDict(template, NULL);
+    if (items != NULL && (PyType_Check(template) || !PyDict_CheckExact(items) || Py_TYPE(template)->tp_new == NULL)) {
         PyErr_Format(PyExc_TypeError, "the template must be an object with a __dict__, not %.200s",
                      Py_TYPE(template)->tp_name);
         Py_CLEAR(items);
@@ -85,7 +85,7 @@ PyDoc_STRVAR(module_like_doc,
              "module_like(template, /)\n--\n\n"
              "A new object of the template's type, made without calling its __init__.\n\n"
              "Its __dict__ has the template's items: dicts, OrderedDicts, lists and sets copied (not what is in them),\n"
-             "everything else shared. Raises TypeError if the template has no __dict__.");
+             "everything else shared. Raises AttributeError if the template has no __dict__.");
 
 static PyObject *module_like(PyObject *module, PyObject *template)
 {
@@ -101,7 +101,7 @@ static PyObject *module_like(PyObject *module, PyObject *template)
 PyDoc_STRVAR(modules_like_doc,
              "modules_like(templates, /)\n--\n\n"
              "A list of new objects, one for each of a list of templates, each as module_like(template) makes it.\n\n"
-             "Raises TypeError if a template has no __dict__.");
+             "Raises AttributeError if a template has no __dict__.");
 
 static PyObject *stamp_all(const char *function, PyObject *templates, PyObject *modules)
 {
@@ -139,7 +139,7 @@ static PyObject *modules_like(PyObject *module, PyObject *templates)
 PyDoc_STRVAR(trees_like_doc,
              "trees_like(templates, /)\n--\n\n"
              "A list of new objects as modules_like makes them, but what is in `_modules` is made anew too, and so on below.\n\n"
-             "Raises TypeError if a template has no __dict__, RecursionError if templates contain each other.");
+             "Raises AttributeError if a template has no __dict__, RecursionError if templates contain each other.");
 
 static PyObject *trees_like(PyObject *module, PyObject *templates)
 {
