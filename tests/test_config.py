@@ -8,6 +8,7 @@ import pickle
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_config_files import lora, write
@@ -76,6 +77,14 @@ CHOICES = {
 }
 
 
+def with_own_to_dict(config: Any) -> Any:
+    """The same config, of a class that replaces to_dict."""
+    cls = type(config)
+    config = copy.copy(config)
+    config.__class__ = type("Own", (cls,), {"to_dict": lambda self: cls.to_dict(self)})
+    return config
+
+
 def outcome(make, arguments):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -111,6 +120,7 @@ def test_random_configs_are_made_refused_and_saved_as_in_peft(peft, tmp_path, na
         assert text == (tmp_path / "theirs" / "adapter_config.json").read_bytes()
         assert _core.json_canonical(text).encode() == text
         assert json.loads(as_peftc_json(mine)) == json.loads(as_peftc_json(other))
+        assert as_peftc_json(other) == as_peftc_json(with_own_to_dict(other))
         saved += 1
         try:
             unknown = _core.config_check(text)

@@ -167,9 +167,7 @@ class TorchRegistry:
         self._enter(adapter, saved, described.parameters, trainable)
         return missing, unexpected
 
-    def _enter(
-        self, adapter: Adapter, saved: list[tuple[str, nn.Module]], base: list[Any], trainable: bool
-    ) -> None:
+    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]], base: list[Any], trainable: bool) -> None:
         """List an adapter whose layers are in; it alone is trainable then, if at all. Nothing here fails.
 
         base: the parameters of the model without adapters.

@@ -434,6 +434,32 @@ TEST(strmap_keeps_every_key)
     CHECK_INT(pc_test_live_allocations(), live);
 }
 
+TEST(strmap_has_the_room_that_was_asked_for)
+{
+    enum { KEYS = 1000, WIDTH = 16 };
+    static char names[KEYS][WIDTH];
+    long live = pc_test_live_allocations();
+    pc_strmap map;
+    pc_strmap_init(&map);
+    CHECK(pc_strmap_reserve(&map, 0));
+    CHECK(pc_strmap_put(&map, "first", 5, 7));
+    CHECK(pc_strmap_reserve(&map, KEYS));
+    CHECK(pc_strmap_reserve(&map, 3)); /* less than there is */
+    const struct pc_strmap_entry *entries = map.entries;
+    for (size_t i = 1; i < KEYS; i++) {
+        size_t len = (size_t)snprintf(names[i], WIDTH, "key %zu", i);
+        REQUIRE(pc_strmap_put(&map, names[i], len, i));
+    }
+    CHECK(map.entries == entries);
+    size_t value;
+    CHECK(pc_strmap_get(&map, "first", 5, &value) && value == 7);
+    CHECK(pc_strmap_get(&map, "key 999", 7, &value) && value == 999);
+    CHECK(!pc_strmap_reserve(&map, SIZE_MAX));
+    CHECK_INT(map.count, KEYS);
+    pc_strmap_free(&map);
+    CHECK_INT(pc_test_live_allocations(), live);
+}
+
 /* Keys that differ in one bit, one byte of length or in what follows a NUL. */
 TEST(strmap_tells_similar_keys_apart)
 {
@@ -513,6 +539,7 @@ int main(void)
     RUN(doubles_go_through_every_float_dtype);
     RUN(error_text_is_utf8_even_when_cut);
     RUN(strmap_keeps_every_key);
+    RUN(strmap_has_the_room_that_was_asked_for);
     RUN(strmap_tells_similar_keys_apart);
     RUN(strmap_is_unchanged_when_it_cannot_grow);
     return check_done();

@@ -53,6 +53,31 @@ TEST(modules_are_found_by_name)
     model_free(&m);
 }
 
+TEST(room_for_modules_is_made_once)
+{
+    pc_registry *registry;
+    pc_error err;
+    REQUIRE(pc_registry_new(&registry, &err) == PC_OK);
+    pc_module_table *table = pc_registry_modules(registry);
+    CHECK_STATUS(pc_module_table_reserve(table, 0, &err), PC_OK);
+    CHECK_STATUS(pc_module_table_reserve(table, 300, &err), PC_OK);
+    const pc_module *items = table->items;
+    char name[32];
+    for (int i = 0; i < 300; i++) {
+        const int len = snprintf(name, sizeof name, "layers.%d", i);
+        pc_module module = {.name = name, .name_len = (size_t)len, .class_name = i % 3 == 0 ? "Block" : "Linear"};
+        CHECK_STATUS(pc_module_table_add(table, &module, NULL, &err), PC_OK);
+    }
+    CHECK(table->items == items);
+    CHECK(strcmp(table->items[299].name, "layers.299") == 0 && strcmp(table->items[299].class_name, "Linear") == 0);
+    CHECK(strcmp(table->items[297].class_name, "Block") == 0);
+    CHECK_STATUS(pc_module_table_reserve(table, SIZE_MAX, &err), PC_ERR_NOMEM);
+    CHECK_STATUS(pc_module_table_reserve(table, (size_t)INT32_MAX, &err), PC_ERR_VALUE);
+    CHECK_CONTAINS(err.text, "modules is not supported");
+    CHECK(table->items == items);
+    pc_registry_free(registry);
+}
+
 TEST(activation_keeps_order_and_drops_duplicates)
 {
     model m;
@@ -296,6 +321,8 @@ TEST(every_failed_allocation_leaves_the_state_as_it_was)
         pc_registry *registry = NULL;
         pc_status status = pc_registry_new(&registry, &err);
         pc_module module = {.name = "x", .name_len = 1, .kind = PC_LINEAR};
+        if (status == PC_OK && n % 2 == 0)
+            status = pc_module_table_reserve(pc_registry_modules(registry), 100, &err);
         if (status == PC_OK)
             status = pc_module_table_add(pc_registry_modules(registry), &module, NULL, &err);
         CHECK_STATUS(status, pc_test_allocation_failed() ? PC_ERR_NOMEM : PC_OK);
@@ -309,6 +336,7 @@ int main(void)
 {
     pc_kernels_init();
     RUN(modules_are_found_by_name);
+    RUN(room_for_modules_is_made_once);
     RUN(activation_keeps_order_and_drops_duplicates);
     RUN(two_saved_copies_of_one_module_are_refused);
     RUN(removing_keeps_the_others_in_order);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import weakref
 
 import pytest
 
@@ -175,3 +176,57 @@ def test_an_adapter_of_other_ranks_and_none():
     for parameter in adapter_parameters(model).values():
         assert parameter.untyped_storage().size() == parameter.numel() * parameter.element_size() > 0
     model(torch.randn(2, 16)).sum().backward()
+
+
+@pytest.fixture
+def collector():
+    gc.enable()
+    gc.collect()
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def many() -> Model:
+    model = Model()
+    model.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(300)])
+    gc.collect()
+    return model
+
+
+CONFIG = peftc.LoraConfig(target_modules=r"layers\..*", r=2)
+
+
+def test_the_garbage_collector_does_not_look_at_what_is_made(collector):
+    model, garbage = many(), nn.Identity()
+    garbage.itself = [garbage]  # young garbage is collected as ever
+    watched = weakref.ref(garbage)
+    del garbage
+    looked: list[int] = []
+    count = lambda phase, info: looked.append(info["generation"])
+    gc.callbacks.append(count)
+    try:
+        model.add_adapter(copy.deepcopy(CONFIG))
+        young = {id(thing) for generation in (0, 1) for thing in gc.get_objects(generation)}
+    finally:
+        gc.callbacks.remove(count)
+    assert 2 not in looked and watched() is None and gc.isenabled()
+    layers = [module for name, module in model.named_modules() if name.endswith(("lora_A", "lora_A.default"))]
+    assert len(layers) == 600 and young.isdisjoint(map(id, layers))
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_garbage_collector_is_left_as_it_was(collector, monkeypatch):
+    monkeypatch.setattr("peftc.hosts.torch_registry._nothing_frozen", True)
+    gc.disable()
+    many().add_adapter(copy.deepcopy(CONFIG))
+    assert not gc.isenabled()
+    gc.enable()
+    with pytest.raises(ValueError):
+        many().add_adapter(peftc.LoraConfig(target_modules="nothing"))
+    assert gc.isenabled()
+    model = many()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    model.add_adapter(copy.deepcopy(CONFIG))  # what is frozen stays so
+    assert gc.get_freeze_count() >= frozen - 100
