@@ -24,8 +24,9 @@ class Adapter:
         self.trainable = False
         #: (module's name, layer) of each adapted layer, in the model's order
         self.layers: list[tuple[str, AdaptedLayer]] = []
-        #: state-dict key, layer and parameter of each tensor in the state dict; three lists, for lists are few objects
-        self._keys: tuple[list[str], list[AdaptedLayer], list[str]] = [], [], []
+        #: state-dict key, layer and parameter of each tensor in the state dict; three lists, for lists are few objects.
+        #: Until somebody asks for the layers, there are the names of their modules
+        self._keys: tuple[list[str], list[Any], list[str]] = [], [], []
         #: (module's name, wrapper) of modules_to_save
         self.saved: list[tuple[str, SavedModule]] = []
         #: (state-dict key, base module, parameter's name, the values that are not in effect) of biases it trains
@@ -54,12 +55,12 @@ class Adapter:
 
     def enlist(self, keys: list[str], modules: list[str], parameters: list[str], saved: list[bool]) -> None:
         """Note where the tensors are that the core's layout lists, those inside a layer's base layer too."""
-        layer_of = dict(self.layers)
         if not all(saved):
             keys, modules, parameters = (list(compress(column, saved)) for column in (keys, modules, parameters))
-        if all(cls.part is AdaptedLayer.part for cls in _classes(list(layer_of.values()))):
-            self._keys = keys, [layer_of[module] for module in modules], parameters
+        if all(cls.part is AdaptedLayer.part for cls in _classes([layer for _, layer in self.layers])):
+            self._keys = keys, modules, parameters
             return
+        layer_of = dict(self.layers)
         inside: dict[str, AdaptedLayer] = {}
         rows = []
         for key, path, parameter in zip(keys, modules, parameters, strict=True):
@@ -72,6 +73,10 @@ class Adapter:
 
     def rows(self) -> Iterator[tuple[str, AdaptedLayer, str]]:
         """(state-dict key, layer, parameter) of each tensor in the state dict."""
+        keys, layers, parameters = self._keys
+        if layers and isinstance(layers[0], str):
+            layer_of = dict(self.layers)
+            self._keys = keys, [layer_of[module] for module in layers], parameters
         return zip(*self._keys, strict=True)
 
     def set_rows(self, rows: Iterable[tuple[str, AdaptedLayer, str]]) -> None:

@@ -145,7 +145,8 @@ class TorchRegistry:
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         tensors = Tensors.over(arena, groups, listed[2], slots)
         adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
-        tensors.send_home([modules[slot[0]] for slot in slots], described.elsewhere, builder.finish)
+        if described.elsewhere:
+            tensors.send_home([modules[slot[0]] for slot in slots], described.elsewhere, builder.finish)
         put = adapter.plan_put(tensors, slots, config)
         if values.get("use_dora"):
             for path, *_ in slots:
@@ -155,20 +156,28 @@ class TorchRegistry:
         adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
         if source is not None:
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
-        adapter.enlist(*listed)
         join_peft()
-        builder.finish()  # as late as can be: the values are still on their way
+        try:
+            for do in put:
+                do()
+            adapter.enlist(*listed)
+            if trainable:
+                _core.set_requires_grad(adapter.parameters(), True)
+            builder.finish()  # as late as can be: the values are still on their way
+        except BaseException:
+            adapter.drop()
+            raise
 
         # Nothing below fails.
         for parent, key, layer in splices:
             parent._modules[key] = layer
-        for do in put:
-            do()
-        self._enter(adapter, saved, described.parameters, trainable)
+        self._enter(adapter, saved, described.parameters)
+        self._adapters[name].trainable = trainable
+        self._flag_beside(name, trainable)
         return missing, unexpected
 
-    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]], base: list[Any], trainable: bool) -> None:
-        """List an adapter whose layers are in; it alone is trainable then, if at all. Nothing here fails.
+    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]], base: list[Any]) -> None:
+        """List an adapter whose layers are in, and let nothing else be trainable. Nothing here fails.
 
         base: the parameters of the model without adapters.
         """
@@ -186,7 +195,6 @@ class TorchRegistry:
         _core.set_requires_grad(base, False)
         for other in list(self._flagged):
             self._flag(other, False)
-        self.set_trainable(name, trainable)
 
     def make_with_peft(
         self,
@@ -228,7 +236,8 @@ class TorchRegistry:
         if source is not None:
             missing, unexpected = torch_peft.fill(part, source)
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
-        self._enter(adapter, saved, _core.own_parameters([module for _, module in self._bound]), trainable)
+        self._enter(adapter, saved, _core.own_parameters([module for _, module in self._bound]))
+        self.set_trainable(part.name, trainable)
         if source is not None and trainable:
             part.train(True)
         return missing, unexpected
@@ -454,8 +463,12 @@ class TorchRegistry:
         self._flag(name, trainable)
 
     def _flag(self, name: str, value: bool) -> None:
+        _core.set_requires_grad(self._adapters[name].parameters(), value)
+        self._flag_beside(name, value)
+
+    def _flag_beside(self, name: str, value: bool) -> None:
+        """The flags of what an adapter trains that is not in its layers."""
         adapter = self._adapters[name]
-        _core.set_requires_grad(adapter.parameters(), value)
         for _, wrapper in adapter.saved:
             wrapper.copies()[name].requires_grad_(value)
         for _, module, field, _ in adapter.biases:
