@@ -277,8 +277,8 @@ def walk_modules(
 def describe_modules(
     modules: list[tuple[str, Any]], linear: type | None, of_class: dict[type, Any], describe: Callable[[Any], Any], /
 ) -> tuple[list[tuple[str, Any]], list[Any]]:
-    """(name, row for AdapterRegistry.bind) of each module: of_class's, else describe(module); alike linear ones share it.
-    And the modules' own parameters."""
+    """(name, row for AdapterRegistry.bind) of each module: of_class's, else describe(module), which plain ones of the class
+    `linear` do without. And the modules' own parameters."""
 
 def put_in_eval(root: Any, kinds: dict[type, int], ask: Callable[[type], int], /) -> None:
     """root.eval(); kinds: 0 for classes whose train() is torch's, 1 for adapted layers, 2 for a train() to be called."""

@@ -131,6 +131,7 @@ class TorchRegistry:
         builder = AdapterRegistry()
         described = describe(self._bound, with_values)
         builder.bind(described.rows, self._output_embedding)
+        described.rows.clear()
         missing: list[str] = []
         unexpected: list[str] = []
         # What is computed from the base weights is for all threads together; the rest is drawn, or read, while layers are made.
@@ -144,16 +145,19 @@ class TorchRegistry:
         modules = dict(self._bound)
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         tensors = Tensors.over(arena, groups, listed[2], slots)
-        adapter.layers, splices = self._plan_layers(adapter.method, slots, modules)
+        paths = [slot[0] for slot in slots]
+        adapter.layers, splices = self._plan_layers(adapter.method, paths, modules)
         if described.elsewhere:
-            tensors.send_home([modules[slot[0]] for slot in slots], described.elsewhere, builder.finish)
+            tensors.send_home([modules[path] for path in paths], described.elsewhere, builder.finish)
         put = adapter.plan_put(tensors, slots, config)
         if values.get("use_dora"):
-            for path, *_ in slots:
+            for path in paths:
                 torch_dispatch.check_in_memory(path, modules[path], "DoRA takes their norm")
         saved = self._plan_saved(values.get("modules_to_save") or [])
-        adapter.biases = self._plan_biases(bias, {slot[0] for slot in slots if slot[1]}, [path for path, _ in saved])
-        adapter.embeddings = self._plan_embeddings(values.get("target_modules"), [slot[0] for slot in slots], modules)
+        if bias != "none":
+            adapted = {slot[0] for slot in slots if slot[1]}
+            adapter.biases = self._plan_biases(bias, adapted, [path for path, _ in saved])
+        adapter.embeddings = self._plan_embeddings(values.get("target_modules"), paths, modules)
         if source is not None:
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
         join_peft()
@@ -163,6 +167,7 @@ class TorchRegistry:
             adapter.enlist(*listed)
             if trainable:
                 _core.set_requires_grad(adapter.parameters(), True)
+            del put, tensors, groups, slots  # thousands of objects, and there is time for it
             builder.finish()  # as late as can be: the values are still on their way
         except BaseException:
             adapter.drop()
@@ -226,8 +231,9 @@ class TorchRegistry:
         modules = dict(self._bound)
         saved = self._plan_saved(getattr(config, "modules_to_save", None) or [])
         bias = getattr(config, "bias", "none")
-        bias = bias if bias in ("none", "all") else "lora_only"
-        adapter.biases = self._plan_biases(bias, set(part.modules()), [path for path, _ in saved])
+        if bias != "none":
+            bias = bias if bias == "all" else "lora_only"
+            adapter.biases = self._plan_biases(bias, set(part.modules()), [path for path, _ in saved])
         if getattr(config, "trainable_token_indices", None) is None and part.method != "TRAINABLE_TOKENS":
             targets = getattr(config, "target_modules", None)
             adapter.embeddings = self._plan_embeddings(targets, part.modules(), modules)
@@ -243,33 +249,32 @@ class TorchRegistry:
         return missing, unexpected
 
     def _plan_layers(
-        self, method: str, slots: Any, modules: dict[str, Any]
+        self, method: str, paths: list[str], modules: dict[str, Any]
     ) -> tuple[list[tuple[str, Any]], list[tuple[Any, str, Any]]]:
-        """(module's name, layer) for each slot; (parent, key, layer) for each layer that is new."""
+        """(module's name, layer) for each of the modules to adapt; (parent, key, layer) for each layer that is new."""
         known = _LAYERS[method]
-        paths = [slot[0] for slot in slots]
-        layers: dict[str, Any] = {}
-        new: dict[Any, list[tuple[str, Any, str, Any]]] = {}  # by class
-        classes: dict[Any, Any] = {}  # of bases that are layers without adapters → of their adapted layers
-        for path, parent, key, top in zip(paths, *_core.find_places(modules, paths), strict=True):
-            layers[path] = top
-            cls = classes.get(type(top))
-            if cls is None:
-                cls = known[_kind_of_slot(path, modules[path], paths)]
-                if type(top) is nn.Linear:
-                    classes[nn.Linear] = cls
-                elif leads.get(type(top)) != ():
-                    parent, key = place(parent, key)
-                    top = layers[path] = parent._modules[key]
-            if type(top) is not cls:
-                new.setdefault(cls, []).append((path, parent, key, top))
+        parents, keys, tops = _core.find_places(modules, paths)
+        bases = [modules[path] for path in paths]
+        if set(map(type, bases)) == {nn.Linear}:
+            classes = [known["Linear"]] * len(paths)
+        else:
+            classes = [known[_kind_of_slot(path, base, paths)] for path, base in zip(paths, bases, strict=True)]
+        for i, top in enumerate(tops):
+            if top is not bases[i] and leads.get(type(top)) != ():
+                parents[i], keys[i] = place(parents[i], keys[i])
+                tops[i] = parents[i]._modules[keys[i]]
+        layers = tops
+        new: dict[Any, list[int]] = {}
+        for i, cls in enumerate(classes):
+            if type(tops[i]) is not cls:
+                new.setdefault(cls, []).append(i)
         splices: list[tuple[Any, str, Any]] = []
-        for cls, places in new.items():
-            names, parents, keys, tops = zip(*places, strict=True)
-            made = cls.around(tops, self.switch)
-            layers.update(zip(names, made, strict=True))
-            splices += zip(parents, keys, made, strict=True)
-        return list(layers.items()), splices
+        for cls, where in new.items():
+            made = cls.around([tops[i] for i in where], self.switch)
+            for i, layer in zip(where, made, strict=True):
+                layers[i] = layer
+                splices.append((parents[i], keys[i], layer))
+        return list(zip(paths, layers, strict=True)), splices
 
     def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
         """(module's name, its copy) for each module that modules_to_save names."""
@@ -284,8 +289,6 @@ class TorchRegistry:
 
     def _plan_biases(self, bias: str, adapted: set[str], saved: list[str]) -> list[Any]:
         rows: list[Any] = []
-        if bias == "none":
-            return rows
         inside = {path for path, module in self._bound if isinstance(module, nn.MultiheadAttention)} & adapted
         adapted = adapted | {f"{path}.out_proj" for path in inside}
         for path, module in self._bound:

@@ -103,7 +103,8 @@ def empty(kind: Any, training: bool) -> nn.Module:
 
 def linears(parameters: list[nn.Parameter], training: list[bool]) -> list[Any]:
     """A Linear without bias over each parameter (out, in)."""
-    made = _core.modules_like([_linear(mode) for mode in training])
+    by_mode = {mode: _linear(mode) for mode in set(training)}
+    made = _core.modules_like([by_mode[mode] for mode in training])
     _core.put_items(made, ((("_parameters",), "weight", parameters),))
     return made
 

@@ -306,7 +306,7 @@ static PyObject *walk_modules(PyObject *module, PyObject *const *args, Py_ssize_
 
 /* ---------------------------------------------------------------- describing */
 
-/* Linear layers of a model are of a few forms: one row says it of all that are alike. */
+/* Linear layers of a model are of a few forms: one row says it of all that are alike, and is read by the core once. */
 #define FORMS 16
 typedef struct form {
     int64_t rows, columns;
@@ -317,7 +317,7 @@ typedef struct form {
 
 typedef struct description {
     peftc_state *state;
-    PyObject *linear;   /* nn.Linear */
+    PyObject *linear;   /* nn.Linear, whose plain ones are described here */
     PyObject *of_class; /* class → the row of all of its modules */
     PyObject *describe; /* asked of everything else */
     PyObject *parameters, *weight, *bias; /* names */
@@ -357,10 +357,15 @@ static PyObject *row_of(description *d, PyObject *module)
             like->has_bias == this.has_bias)
             return Py_NewRef(like->row);
     }
-    PyObject *cls = (PyObject *)Py_TYPE(module), *row = !plain ? PyDict_GetItemWithError(d->of_class, cls) : NULL;
-    if (row != NULL || PyErr_Occurred())
-        return Py_XNewRef(row);
-    row = PyObject_CallOneArg(d->describe, module);
+    PyObject *row = NULL;
+    if (plain) {
+        row = Py_BuildValue("(sssLLOOO)", "Linear", "Linear", pc_dtype_get(this.dtype)->name, (long long)this.columns,
+                            (long long)this.rows, Py_None, Py_None, this.has_bias ? Py_True : Py_False);
+    } else {
+        row = Py_XNewRef(PyDict_GetItemWithError(d->of_class, (PyObject *)Py_TYPE(module)));
+        if (row == NULL && !PyErr_Occurred())
+            row = PyObject_CallOneArg(d->describe, module);
+    }
     if (row != NULL && plain && d->count < FORMS) {
         this.row = row;
         d->forms[d->count++] = this;
@@ -421,9 +426,8 @@ PyDoc_STRVAR(describe_modules_doc,
              "describe_modules(modules, linear, of_class, describe, /)\n--\n\n"
              "For each (name, module) of a list (name, row), as AdapterRegistry.bind takes modules of other libraries; and the\n"
              "modules' own parameters: two lists.\n\n"
-             "The row is what the dict of_class has of the module's class, else describe(module). That is not asked of a module of\n"
-             "the class `linear` (exactly; None for no class) whose weight is like that of one it was asked of: of the same\n"
-             "extents and dtype, in the CPU's memory, and with a bias if that has one.\n\n"
+             "The row is what the dict of_class has of the module's class, else describe(module). Those of the class `linear`\n"
+             "(exactly; None for no class) whose weight is a plain one in the CPU's memory are described here, without addresses.\n\n"
              "Raises TypeError for anything else than tuples of two in the list, and what describe raises.");
 
 static PyObject *describe_modules(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
