@@ -55,7 +55,7 @@ class TorchHost:
 
     def new_seed(self) -> int:
         """From torch's generator, so that torch.manual_seed makes fresh adapters repeat."""
-        return int(torch.randint(2**62, ()).item())
+        return int(torch.randint(2**62, (), device="cpu").item())
 
     def generation(self, model: Any) -> Generation:
         return torch_generation.generation_of(model)

@@ -170,7 +170,7 @@ class TorchRegistry:
             del put, tensors, groups, slots  # thousands of objects, and there is time for it
             builder.finish()  # as late as can be: the values are still on their way
         except BaseException:
-            adapter.drop()
+            self._take_out(adapter)
             raise
 
         # Nothing below fails.
@@ -525,13 +525,15 @@ class TorchRegistry:
 
     def take_out(self, name: str) -> None:
         """Take an adapter's tensors out of the model, and layers and wrappers that hold no other."""
-        adapter = self._adapters[name]
+        self._take_out(self._adapters[name])
+
+    def _take_out(self, adapter: Adapter) -> None:
         for path, layer in adapter.drop():
             take_out(self.model, path, layer)
         if adapter.part is not None:
             adapter.part.drop(self.model)
         for path, wrapper in adapter.saved:
-            wrapper.copies().pop(name, None)
+            wrapper.copies().pop(adapter.name, None)
             if not wrapper.copies():
                 take_out(self.model, path, wrapper)
 

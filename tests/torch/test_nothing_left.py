@@ -12,6 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftc
+from peftc._core import AdapterRegistry
+from peftc.hosts import torch_registry
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -125,6 +127,52 @@ def test_nothing_is_left(kinds):
     gc.collect()
     left = [ref() for ref in tensors if ref() is not None and id(ref()) not in originals]
     assert not left, [tensor.shape for tensor in left]
+
+
+class Failing:
+    """A registry of the core in which the values of an adapter cannot be made in the end."""
+
+    def __init__(self) -> None:
+        self._registry = AdapterRegistry()
+
+    def __getattr__(self, name):
+        return getattr(self._registry, name)
+
+    def finish(self):
+        raise MemoryError("there is no memory for that")
+
+
+def held(model):
+    """What can be seen of a model with adapters: everything, flags, and what the layers note of each adapter."""
+    notes = [
+        (path, field, list(value) if isinstance(value, dict) else value)
+        for path, module in model.named_modules()
+        for field, value in sorted(module.__dict__.items())
+        if isinstance(value, dict) and value and field not in ("_parameters", "_buffers", "_modules")
+    ]
+    return [(name, id(p), p.requires_grad) for name, p in model.named_parameters()], notes, everything(model)
+
+
+@pytest.mark.parametrize("first", [None, "lora", "ia3"])
+@pytest.mark.parametrize("kind", OURS)
+def test_nothing_is_left_of_one_that_fails_at_the_end(kind, first, monkeypatch):
+    torch.manual_seed(0)
+    model = Model().eval()
+    if first is not None:
+        model.add_adapter(OURS[first](), "first")
+    output, before = run(model), held(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_registry, "AdapterRegistry", Failing)
+        with pytest.raises(MemoryError, match="no memory for that"):
+            model.add_adapter(OURS[kind](), "second")
+    now = held(model)
+    for mine, want in zip(now, before, strict=True):
+        assert [row for row in mine if row not in want] == [row for row in want if row not in mine] == []
+    assert now == before
+    assert torch.equal(run(model), output)
+    assert list(getattr(model, "peft_config", {})) == ([] if first is None else ["first"])
+    model.add_adapter(OURS[kind](), "third")
+    exercise(model, ["third"] if first is None else ["first", "third"])
 
 
 def test_memory_returns():

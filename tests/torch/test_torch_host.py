@@ -462,3 +462,14 @@ def test_modes_of_one_model_are_its_own(tmp_path):
     assert not any(module.training for module in other.modules())
     trained.load_adapter(tmp_path, "frozen")
     assert not any(module.training for module in trained.modules())
+
+
+def test_a_device_context_does_not_matter():
+    """Tensors are where their base layers are, whatever torch makes its own tensors on just then."""
+    model, abstract = Ours(), Ours().to("meta")
+    for one in (model, abstract):
+        with torch.device("meta"):
+            one.add_adapter(peft.LoraConfig(target_modules=["up", "mid"]))
+    for one, kind in ((model, "cpu"), (abstract, "meta")):
+        assert {p.device.type for name, p in one.named_parameters() if "lora" in name} == {kind}
+    assert model.eval()(IDS).shape == (2, 4, 3)
