@@ -91,7 +91,8 @@ def make_adapter(
         if getattr(config, "_custom_modules", None):  # PEFT's _register_custom_module
             raise NotImplementedError("peftc has no code for layer classes that a config brings itself")
         if source is None:
-            registry.add(name, text, label=label, seed=host.new_seed(), trainable=trainable)
+            seed = host.new_seed() if _prepare.draws(config) else 0
+            registry.add(name, text, label=label, seed=seed, trainable=trainable)
         else:
             missing, unexpected = registry.load(name, text, source, label=label, trainable=trainable)
     except (NotImplementedError, ValueError, KeyError) as refused:

@@ -36,6 +36,11 @@ def method_of(config: Any) -> str:
     return str(value)
 
 
+def draws(config: Any) -> bool:
+    """Are there random numbers in a fresh adapter? IA3's vectors begin as ones."""
+    return method_of(config) != "IA3" or not getattr(config, "init_ia3_weights", True)
+
+
 def check_name(name: Any) -> str:
     """The adapter name to use: "default" for None and "".
 

@@ -39,10 +39,11 @@ class AdaLoraLayer(LoraLayer):
 
     @classmethod
     def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
-        own = tensors.by_slot()
+        fields = "lora_A", "lora_B", "lora_E", "ranknum"
+        assert tensors.are(*fields)
         made: list[Any] = []
-        for field in ("lora_A", "lora_B", "lora_E", "ranknum"):
-            made += puts_of(field, name, parameters([one[field] for one in own]))
+        for field, column in zip(fields, tensors.columns(len(fields)), strict=True):
+            made += puts_of(field, name, parameters(column))
         return functools.partial(
             _core.put_items,
             layers,

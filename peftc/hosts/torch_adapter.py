@@ -141,11 +141,13 @@ class Tensors:
                     tensors[index] = tensor
         return cls(tensors, parameters, [slot[6] for slot in slots])
 
-    def columns(self, *parameters: str) -> list[list[torch.Tensor]] | None:
-        """For each of these parameters its tensors, slot by slot, if every slot has these and no other."""
+    def are(self, *parameters: str) -> bool:
+        """Has every slot these parameters, in this order, and no other?"""
         width, count = len(parameters), len(self._counts)
-        if self._counts != [width] * count or self._parameters != list(parameters) * count:
-            return None
+        return self._counts == [width] * count and self._parameters == list(parameters) * count
+
+    def columns(self, width: int) -> list[list[torch.Tensor]]:
+        """For each parameter its tensors, slot by slot, where every slot has the same, `width` of them."""
         return [self._tensors[i::width] for i in range(width)]
 
     def by_slot(self) -> list[dict[str, torch.Tensor]]:

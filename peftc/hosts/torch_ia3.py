@@ -32,7 +32,8 @@ class IA3Layer(AdaptedLayer):
 
     @classmethod
     def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
-        vectors = puts_of("ia3_l", name, parameters([own["ia3_l"] for own in tensors.by_slot()]))
+        assert tensors.are("ia3_l")
+        vectors = puts_of("ia3_l", name, parameters(*tensors.columns(1)))
         puts = (*vectors, (("_feedforward",), name, [slot[5] for slot in slots]))
         return functools.partial(_core.put_items, layers, puts)
 

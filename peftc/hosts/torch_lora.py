@@ -315,11 +315,10 @@ class Linear(LoraLayer):
 
     @classmethod
     def plan_put(cls, layers: list[Any], name: str, tensors: Any, slots: list[Any], config: Any) -> Callable[[], None]:
-        columns = tensors.columns("lora_A", "lora_B")
-        if columns is None:  # a magnitude, a bias, initial factors
+        if not tensors.are("lora_A", "lora_B"):  # a magnitude, a bias, initial factors
             return super().plan_put(layers, name, tensors, slots, config)
         training = [layer.training for layer in layers]
-        a, b = (linears(parameters(column), training) for column in columns)
+        a, b = (linears(parameters(column), training) for column in tensors.columns(2))
         return functools.partial(
             _core.put_items,
             layers,

@@ -259,8 +259,8 @@ class TorchRegistry:
             classes = [known["Linear"]] * len(paths)
         else:
             classes = [known[_kind_of_slot(path, base, paths)] for path, base in zip(paths, bases, strict=True)]
-        for i, top in enumerate(tops):
-            if top is not bases[i] and leads.get(type(top)) != ():
+        for i, top in enumerate(tops) if tops != bases else ():
+            if leads.get(type(top)) != ():
                 parents[i], keys[i] = place(parents[i], keys[i])
                 tops[i] = parents[i]._modules[keys[i]]
         layers = tops
