@@ -1,8 +1,7 @@
 """What a model with adapters carries, and how an adapter is made on it: the steps that every API of peftc shares."""
 
 import json
-from collections.abc import Iterable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import _prepare
@@ -81,7 +80,7 @@ def make_adapter(
     registry.bind(modules, host.output_embedding(model, modules), host.input_embedding(model, modules))
     instead = {} if targets is None else {"target_modules": targets, **dict.fromkeys(_CHOOSING)}
     given, before = config, dict(settled)
-    text = as_json(config, {**settled, **instead})
+    text = as_peftc_json(config, {**settled, **instead})
     missing: list[str] = []
     unexpected: list[str] = []
     if trainable is None:
@@ -101,30 +100,16 @@ def make_adapter(
         )
     try:
         orientation = getattr(config, "fan_in_fan_out", None)
-        if orientation is not None:
+        if orientation is not None and (orientation or "Conv1D" in host.adapted_kinds(registry, modules, name)):
             found = dict(modules)
-            adapted = {path: found[path] for path in registry.adapted_modules(name)}
-            if orientation or any(host.kind(one) == "Conv1D" for one in _one_of_each_class(adapted.values())):
-                kinds = {path: host.kind(module) for path, module in adapted.items()}
-                settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
+            kinds = {path: host.kind(found[path]) for path in registry.adapted_modules(name)}
+            settled["fan_in_fan_out"] = _prepare.settle_orientation(config, kinds)
         if instead or config is not given or settled != before:
-            text = as_json(config, settled)
+            text = as_peftc_json(config, settled)
     except BaseException:
         registry.remove(name)
         raise
     return MadeAdapter(config, settled, text, missing, unexpected)
-
-
-def _one_of_each_class(modules: Iterable[Any]) -> Iterable[Any]:
-    return {type(module): module for module in modules}.values()
-
-
-def as_json(config: Any, settled: dict[str, Any]) -> str:
-    """The config with `settled` filled in, as the core reads it. The config itself is not changed."""
-    config = copy(config)
-    for field, value in settled.items():
-        setattr(config, field, value)
-    return as_peftc_json(config)
 
 
 def check_config(attached: Attachment, name: str, config: Any) -> None:
@@ -132,7 +117,7 @@ def check_config(attached: Attachment, name: str, config: Any) -> None:
     made = attached.made_from.get(name)
     if made is None:
         return
-    before, now = json.loads(made), json.loads(as_json(config, {}))
+    before, now = json.loads(made), json.loads(as_peftc_json(config))
     allocator = attached.allocators.get(name)
     if allocator is not None and allocator.masks is not None:
         from ._adalora import masks_of

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Literal
 
 from . import _core
@@ -529,18 +531,19 @@ class IA3Config(PeftConfig):
 _CLASSES: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config, "ADALORA": AdaLoraConfig}
 
 
-def as_peftc_json(config: Any) -> str:
+def as_peftc_json(config: Any, settled: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Any config, ours or PEFT's own, as the JSON text that the C core reads.
 
     Args:
         config: an object with `peft_type` and `to_dict()`.
+        settled: values of fields that stand in for the config's own.
 
     Raises:
         TypeError: it is no config, or a value is of a type that JSON cannot hold; the text names the field.
     """
     if not hasattr(config, "peft_type") or not callable(getattr(config, "to_dict", None)):
         raise TypeError(f"a config with peft_type and to_dict() is needed, got {type(config).__name__}")
-    values = _values_of(config)
+    values = {**_values_of(config), **settled}
     values.pop("runtime_config", None)
     for key, value in values.items():
         if isinstance(value, (set, frozenset)):
@@ -558,7 +561,7 @@ def _values_of(config: Any) -> dict[str, Any]:
     """What config.to_dict() gives, to be read only: where copying is all that it does, without copies."""
     if getattr(type(config).to_dict, "__module__", None) in _COPYING and is_dataclass(config):
         return {field.name: getattr(config, field.name) for field in fields(config)}
-    return dict(config.to_dict())
+    return config.to_dict()  # type: ignore[no-any-return]
 
 
 def _class_of(peft_type: Any) -> type[PeftConfig]:

@@ -46,6 +46,9 @@ class Host(Protocol):
     def kind(self, module: Any) -> str:
         """torch's class name of what the module does: "Linear", "Conv1D", "Conv2d", "Embedding", … or ""."""
 
+    def adapted_kinds(self, registry: Any, modules: Modules, name: str) -> set[str]:
+        """The kinds of the modules that an adapter adapts, among `named_modules`."""
+
     def output_embedding(self, model: Any, modules: Modules) -> str | None:
         """Dotted name of the head over the vocabulary among `named_modules`, or None."""
 

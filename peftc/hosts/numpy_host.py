@@ -56,6 +56,10 @@ class NumpyHost:
     def kind(self, module: Any) -> str:
         return module.kind if isinstance(module, _core.Layer) else ""
 
+    def adapted_kinds(self, registry: Any, modules: list[tuple[str, Any]], name: str) -> set[str]:
+        found = dict(modules)
+        return {self.kind(found[path]) for path in registry.adapted_modules(name)}
+
     def output_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
         return _name_of(model, modules, "get_output_embeddings")
 

@@ -24,6 +24,8 @@ class Adapter:
         self.trainable = False
         #: (module's name, layer) of each adapted layer, in the model's order
         self.layers: list[tuple[str, AdaptedLayer]] = []
+        #: what the modules do that it adapts, as torch_tree's kind_of says
+        self.kinds: set[str] = set()
         #: state-dict key, layer and parameter of each tensor in the state dict; three lists, for lists are few objects.
         #: Until somebody asks for the layers, there are the names of their modules
         self._keys: tuple[list[str], list[Any], list[str]] = [], [], []

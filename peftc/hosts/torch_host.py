@@ -70,8 +70,11 @@ class TorchHost:
     def kind(self, module: Any) -> str:
         return kind_of(module)
 
+    def adapted_kinds(self, registry: TorchRegistry, modules: list[tuple[str, Any]], name: str) -> set[str]:
+        return registry.adapted_kinds(name)
+
     def output_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
-        return _path_of(model, modules, "get_output_embeddings")
+        return _path_of(model, modules[::-1], "get_output_embeddings")  # it is one of the last
 
     def input_embedding(self, model: Any, modules: list[tuple[str, Any]]) -> str | None:
         return _path_of(model, modules, "get_input_embeddings")

@@ -79,6 +79,14 @@ class TorchRegistry:
         adapter = self._adapters[name]
         return [path for path, _ in adapter.layers] if adapter.part is None else adapter.part.modules()
 
+    def adapted_kinds(self, name: str) -> set[str]:
+        """What the modules do that the adapter adapts."""
+        adapter = self._adapters[name]
+        if adapter.part is None:
+            return adapter.kinds
+        modules = dict(self._bound)
+        return {kind_of(modules[path]) for path in adapter.part.modules()}
+
     def part(self, name: str) -> torch_peft.Part | None:
         """What PEFT holds of an adapter; None if peftc made it."""
         return self._adapters[name].part
@@ -96,11 +104,11 @@ class TorchRegistry:
 
     def bind(
         self,
-        modules: Sequence[tuple[str, Any]],
+        modules: list[tuple[str, Any]],
         output_embedding: str | None = None,
         input_embedding: str | None = None,  # base weights are the model's own parameters here
     ) -> None:
-        self._bound = list(modules)
+        self._bound = modules
         self._output_embedding = output_embedding
 
     def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:
@@ -146,7 +154,7 @@ class TorchRegistry:
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         tensors = Tensors.over(arena, groups, listed[2], slots)
         paths = [slot[0] for slot in slots]
-        adapter.layers, splices = self._plan_layers(adapter.method, paths, modules)
+        splices = self._plan_layers(adapter, paths, modules)
         if described.elsewhere:
             tensors.send_home([modules[path] for path in paths], described.elsewhere, builder.finish)
         put = adapter.plan_put(tensors, slots, config)
@@ -248,17 +256,16 @@ class TorchRegistry:
             part.train(True)
         return missing, unexpected
 
-    def _plan_layers(
-        self, method: str, paths: list[str], modules: dict[str, Any]
-    ) -> tuple[list[tuple[str, Any]], list[tuple[Any, str, Any]]]:
-        """(module's name, layer) for each of the modules to adapt; (parent, key, layer) for each layer that is new."""
-        known = _LAYERS[method]
+    def _plan_layers(self, adapter: Adapter, paths: list[str], modules: dict[str, Any]) -> list[tuple[Any, str, Any]]:
+        """Give the adapter the layers for the modules with these names; (parent, key, layer) for each layer that is new."""
         parents, keys, tops = _core.find_places(modules, paths)
         bases = [modules[path] for path in paths]
         if set(map(type, bases)) == {nn.Linear}:
-            classes = [known["Linear"]] * len(paths)
+            kinds = ["Linear"] * len(paths)
         else:
-            classes = [known[_kind_of_slot(path, base, paths)] for path, base in zip(paths, bases, strict=True)]
+            kinds = [_kind_of_slot(path, base, paths) for path, base in zip(paths, bases, strict=True)]
+        known = _LAYERS[adapter.method]
+        classes = [known[kind] for kind in kinds]
         for i, top in enumerate(tops) if tops != bases else ():
             if leads.get(type(top)) != ():
                 parents[i], keys[i] = place(parents[i], keys[i])
@@ -274,7 +281,9 @@ class TorchRegistry:
             for i, layer in zip(where, made, strict=True):
                 layers[i] = layer
                 splices.append((parents[i], keys[i], layer))
-        return list(zip(paths, layers, strict=True)), splices
+        adapter.layers = list(zip(paths, layers, strict=True))
+        adapter.kinds = set(kinds)
+        return splices
 
     def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
         """(module's name, its copy) for each module that modules_to_save names."""
