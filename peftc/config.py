@@ -536,14 +536,15 @@ def as_peftc_json(config: Any, settled: Mapping[str, Any] = MappingProxyType({})
 
     Args:
         config: an object with `peft_type` and `to_dict()`.
-        settled: values of fields that stand in for the config's own.
+        settled: values that stand in for the config's own, of fields that it has.
 
     Raises:
         TypeError: it is no config, or a value is of a type that JSON cannot hold; the text names the field.
     """
     if not hasattr(config, "peft_type") or not callable(getattr(config, "to_dict", None)):
         raise TypeError(f"a config with peft_type and to_dict() is needed, got {type(config).__name__}")
-    values = {**_values_of(config), **settled}
+    values = _values_of(config)
+    values.update((field, value) for field, value in settled.items() if field in values)
     values.pop("runtime_config", None)
     for key, value in values.items():
         if isinstance(value, (set, frozenset)):
@@ -558,10 +559,11 @@ _COPYING = ("peft.config", "peft.tuners.lora.config", __name__)
 
 
 def _values_of(config: Any) -> dict[str, Any]:
-    """What config.to_dict() gives, to be read only: where copying is all that it does, without copies."""
-    if getattr(type(config).to_dict, "__module__", None) in _COPYING and is_dataclass(config):
+    """What config.to_dict() gives, in a dict of one's own: where copying is all that it does, without copies of the values."""
+    method = getattr(config.to_dict, "__func__", None)  # an instance may have its own
+    if getattr(method, "__module__", None) in _COPYING and is_dataclass(config):
         return {field.name: getattr(config, field.name) for field in fields(config)}
-    return config.to_dict()  # type: ignore[no-any-return]
+    return dict(config.to_dict())
 
 
 def _class_of(peft_type: Any) -> type[PeftConfig]:

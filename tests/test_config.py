@@ -77,6 +77,15 @@ CHOICES = {
 }
 
 
+def test_what_stands_in_for_fields():
+    config = peftc.IA3Config(target_modules=["a"])
+    text = as_peftc_json(config, {"target_modules": {"c", "b"}, "layers_pattern": None})
+    assert json.loads(text)["target_modules"] == ["b", "c"] and "layers_pattern" not in json.loads(text)
+    assert config.target_modules == {"a"}
+    config.to_dict = lambda: {"peft_type": "IA3", "target_modules": ["own"]}
+    assert json.loads(as_peftc_json(config))["target_modules"] == ["own"]
+
+
 def with_own_to_dict(config: Any) -> Any:
     """The same config, of a class that replaces to_dict."""
     cls = type(config)

@@ -13,7 +13,7 @@ from .torch_layers import AdaptedLayer
 from .torch_registry import TorchRegistry
 from .torch_save import save_file
 from .torch_tree import kind_of, walk
-from .torch_wrappers import unwrap
+from .torch_wrappers import lasts, unwrap
 
 
 def _path_of(model: Any, modules: list[tuple[str, Any]], getter: str) -> str | None:
@@ -32,7 +32,8 @@ _EVAL_KINDS: dict[type, int] = {}
 
 def _eval_kind(cls: Any) -> int:
     kind = 2 if cls.train is not nn.Module.train else int(issubclass(cls, AdaptedLayer))
-    _EVAL_KINDS[cls] = kind
+    if lasts(cls):
+        _EVAL_KINDS[cls] = kind
     return kind
 
 

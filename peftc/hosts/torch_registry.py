@@ -1,7 +1,8 @@
 """The adapters of one torch model: made by the core, spliced in as layers, switched by one assignment.
 
 Offers what the mixin asks of `_core.AdapterRegistry`.  The core plans, allocates, initialises and reads an adapter; its
-arena becomes the storage of the parameters.  Everything is made on the side first: a refused adapter leaves no trace.
+arena becomes the storage of the parameters.  Everything is made on the side first, but for an adapter's tensors in layers
+that others have already, which are taken out again: a refused adapter leaves no trace.
 """
 
 import gc
@@ -177,6 +178,7 @@ class TorchRegistry:
                 _core.set_requires_grad(adapter.parameters(), True)
             del put, tensors, groups, slots  # thousands of objects, and there is time for it
             builder.finish()  # as late as can be: the values are still on their way
+            _core.set_requires_grad(described.parameters, False)
         except BaseException:
             self._take_out(adapter)
             raise
@@ -184,16 +186,13 @@ class TorchRegistry:
         # Nothing below fails.
         for parent, key, layer in splices:
             parent._modules[key] = layer
-        self._enter(adapter, saved, described.parameters)
-        self._adapters[name].trainable = trainable
+        self._enter(adapter, saved)
+        adapter.trainable = trainable
         self._flag_beside(name, trainable)
         return missing, unexpected
 
-    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]], base: list[Any]) -> None:
-        """List an adapter whose layers are in, and let nothing else be trainable. Nothing here fails.
-
-        base: the parameters of the model without adapters.
-        """
+    def _enter(self, adapter: Adapter, saved: list[tuple[str, nn.Module]]) -> None:
+        """List an adapter whose layers are in, and let no other be trainable. Nothing here fails."""
         name = adapter.name
         for path, module in saved:
             parent, key = place_of(self.model, path)
@@ -205,7 +204,6 @@ class TorchRegistry:
             module.requires_grad_(False)
             adapter.saved.append((path, wrapper))
         self._adapters[name] = adapter
-        _core.set_requires_grad(base, False)
         for other in list(self._flagged):
             self._flag(other, False)
 
@@ -250,7 +248,8 @@ class TorchRegistry:
         if source is not None:
             missing, unexpected = torch_peft.fill(part, source)
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
-        self._enter(adapter, saved, _core.own_parameters([module for _, module in self._bound]))
+        _core.set_requires_grad(_core.own_parameters([module for _, module in self._bound]), False)
+        self._enter(adapter, saved)
         self.set_trainable(part.name, trainable)
         if source is not None and trainable:
             part.train(True)
@@ -767,28 +766,51 @@ def _watched(items: Any, progressbar: bool) -> Any:
     return tqdm(items, desc="Unloading and merging model")
 
 
-#: whether the process has never been seen to keep objects from the garbage collector (gc.freeze), which counting them tells
-_nothing_frozen = True
+class _Promotions:
+    """Whether new objects may skip the garbage collector's young generations."""
+
+    def __init__(self) -> None:
+        #: whether the process has never been seen to keep objects from the collector (gc.freeze), which counting them tells
+        self._nothing_frozen = True
+        self._full_collections = 0
+        self._since = 0
+
+    def due(self) -> bool:
+        """May they now? Each time puts off the next full collection, which a few of them must not do for ever."""
+        full = gc.get_stats()[2]["collections"]
+        if full != self._full_collections:
+            self._full_collections, self._since = full, 0
+        return self._nothing_frozen and self._since < gc.get_threshold()[2]
+
+    def carry_out(self) -> None:
+        """Let everything that is young be old."""
+        self._since += 1
+        self._nothing_frozen = gc.get_freeze_count() == 0
+        if self._nothing_frozen:  # else it would be unfrozen
+            gc.freeze()
+            gc.unfreeze()
+
+
+_promotions = _Promotions()
 
 
 @contextmanager
 def _grown_up() -> Iterator[None]:
-    """Objects made inside go straight to the garbage collector's oldest generation, where they would end up anyway.
+    """What is made inside goes to the garbage collector's oldest generation, where it would end up anyway.
 
-    Thousands come at once, and none is garbage: the collections on the way there would look at each of them for nothing.
+    Thousands of objects come at once, and none is garbage: collections on the way there would look at each for nothing.
     """
-    global _nothing_frozen
     if not gc.isenabled():
         yield
         return
-    gc.collect(1)  # what is young by now, garbage or not, is not to be skipped
+    due = _promotions.due()
+    if due:
+        gc.collect(1)  # what is young by now is promoted as well: first goes what is garbage
     gc.disable()
     try:
         yield
-        _nothing_frozen = _nothing_frozen and gc.get_freeze_count() == 0
-        if _nothing_frozen:  # else it would be unfrozen
-            gc.freeze()
-            gc.unfreeze()
+        if due:
+            _promotions.carry_out()
     finally:
         gc.enable()
 

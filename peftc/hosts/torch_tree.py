@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _core
-from .torch_wrappers import leads, leads_of
+from .torch_wrappers import lasts, leads, leads_of
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 FROM_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -110,7 +110,8 @@ def describe(modules: list[tuple[str, nn.Module]], with_values: bool) -> Descrip
                 elsewhere[id(module)] = module
             return _described(module, kind, weight, holders, with_values)
         cls = type(module)
-        if not issubclass(cls, tuple(_EXACT)) and cls.__name__ != "Conv1D":  # else it may be a matter of the instance
+        # Else it may be a matter of the instance.
+        if not issubclass(cls, tuple(_EXACT)) and cls.__name__ != "Conv1D" and lasts(cls):
             _OPAQUE[cls] = _opaque(cls.__name__)
         return _opaque(cls.__name__)
 

@@ -5,11 +5,22 @@ how to take a wrapper out again (`take_out`).  A class of peftc says in `_peftc_
 PEFT's classes are told by their bases.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+
+def lasts(cls: type) -> bool:
+    """Is the class one of its module's, which may be remembered? Classes that are made for a module (parametrized ones, those of
+    torch.fx) would keep that alive."""
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    return found is cls
+
 
 #: class → attributes that lead from a wrapper to what it is around; () for a module that is no wrapper. Filled as classes
 #: are met: a look-up by class is what makes walking a large model cheap.
@@ -24,13 +35,14 @@ _PEFT_LEADS = (
 
 
 def leads_of(cls: type) -> tuple[str, ...]:
-    """What `leads` has, or gets, of a class."""
+    """What `leads` has, or gets if the class `lasts`, of a class."""
     own = getattr(cls, "_peftc_inner", None)
     found: tuple[str, ...] = (own,) if own is not None else ()
     if own is None:
         bases = {base.__name__ for base in cls.__mro__ if base.__module__.startswith("peft.")}
         found = next((ways for name, ways in _PEFT_LEADS if name in bases), ())
-    leads[cls] = found
+    if lasts(cls):
+        leads[cls] = found
     return found
 
 

@@ -118,7 +118,9 @@ static PyObject *make_all(peftc_state *state, pc_arena *arena, PyObject *groups,
     bool good = true;
     for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(groups); i++) {
         group g;
-        good = read_group(PyList_GET_ITEM(groups, i), &g) && make_group(state, &g, all, (size_t)count, &used, list);
+        PyObject *row = Py_NewRef(PyList_GET_ITEM(groups, i)); /* making a tensor may run a finalizer */
+        good = read_group(row, &g) && make_group(state, &g, all, (size_t)count, &used, list);
+        Py_DECREF(row);
     }
     if (good && used != (size_t)count) {
         PyErr_Format(PyExc_ValueError, "the groups have %zu tensors, not %zd", used, count);

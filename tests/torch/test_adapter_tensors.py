@@ -11,11 +11,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import peft
 from accelerate import Accelerator
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.nn.utils import parametrize
 
 import peftc
+from peftc.hosts import torch_registry
 
 
 class Model(peftc.PeftAdapterMixin, nn.Module):
@@ -216,8 +219,23 @@ def test_the_garbage_collector_does_not_look_at_what_is_made(collector):
     assert gc.get_freeze_count() == 0
 
 
+def test_full_collections_still_come(collector):
+    """What is alive while an adapter comes, and garbage later, is found although objects skip the young generations."""
+    model, left = many(), []
+    before = gc.get_stats()[2]["collections"]
+    for _ in range(400):
+        kept = nn.Identity()
+        kept.itself = [kept]
+        left.append(weakref.ref(kept))
+        model.add_adapter(copy.deepcopy(CONFIG))
+        del kept
+        model.delete_adapter("default")
+    assert gc.get_stats()[2]["collections"] > before
+    assert sum(ref() is not None for ref in left) < 200
+
+
 def test_the_garbage_collector_is_left_as_it_was(collector, monkeypatch):
-    monkeypatch.setattr("peftc.hosts.torch_registry._nothing_frozen", True)
+    monkeypatch.setattr(torch_registry, "_promotions", torch_registry._Promotions())
     gc.disable()
     many().add_adapter(copy.deepcopy(CONFIG))
     assert not gc.isenabled()
@@ -230,3 +248,20 @@ def test_the_garbage_collector_is_left_as_it_was(collector, monkeypatch):
     frozen = gc.get_freeze_count()
     model.add_adapter(copy.deepcopy(CONFIG))  # what is frozen stays so
     assert gc.get_freeze_count() >= frozen - 100
+    assert not torch_registry._promotions.due()  # and is not counted again
+
+
+def test_classes_that_are_made_for_a_module_go_with_it():
+    model = Model()
+    parametrize.register_parametrization(model.layers[0], "weight", nn.Tanh())
+    model.part = torch.fx.symbolic_trace(nn.Sequential(nn.Tanh()))
+    norm = model.norm = nn.LayerNorm(4)
+    parametrize.register_parametrization(norm, "weight", nn.Identity())
+    gone = [weakref.ref(type(module)) for module in (model.layers[0], model.part, norm)] + [weakref.ref(norm)]
+    model.add_adapter(peft.LoraConfig(target_modules=["head"], inference_mode=True))
+    model.load_adapter(
+        peft_config=peft.LoraConfig(target_modules=["head"]), adapter_state_dict={}, adapter_name="other"
+    )
+    del model, norm
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 4
