@@ -269,7 +269,6 @@ class TorchRegistry:
             if leads.get(type(top)) != ():
                 parents[i], keys[i] = place(parents[i], keys[i])
                 tops[i] = parents[i]._modules[keys[i]]
-        layers = tops
         new: dict[Any, list[int]] = {}
         for i, cls in enumerate(classes):
             if type(tops[i]) is not cls:
@@ -278,9 +277,9 @@ class TorchRegistry:
         for cls, where in new.items():
             made = cls.around([tops[i] for i in where], self.switch)
             for i, layer in zip(where, made, strict=True):
-                layers[i] = layer
+                tops[i] = layer
                 splices.append((parents[i], keys[i], layer))
-        adapter.layers = list(zip(paths, layers, strict=True))
+        adapter.layers = list(zip(paths, tops, strict=True))
         adapter.kinds = set(kinds)
         return splices
 

@@ -1,7 +1,7 @@
 /* Putting torch's modules in eval mode.
  *
  * Nothing here knows torch: a module is an object with a __dict__, in which `_modules` is the dict of its children. */
-#include "binding.h"
+#include "py_torch_ahead.h"
 
 #include <stdbool.h>
 
@@ -57,26 +57,14 @@ static int push(stack *s, PyObject *module, int depth)
     return 0;
 }
 
-/* With many adapters nothing of a tree is in the cache, and each module is four dependent reads from memory: those of the
- * next few are begun while this one is worked on. */
-#define AHEAD_DICT 8
-#define AHEAD_KEYS 4
-
 static void look_ahead(const stack *s)
 {
     if (s->count > AHEAD_DICT) {
         waiting *later = &s->items[s->count - 1 - AHEAD_DICT];
-        if (later->own == NULL && (later->own = PyObject_GenericGetDict(later->module, NULL)) == NULL)
-            PyErr_Clear(); /* comes again when it is its turn */
-        if (later->own != NULL)
-            __builtin_prefetch(later->own);
+        ahead_dict(later->module, &later->own);
     }
-    if (s->count > AHEAD_KEYS) {
-        const PyObject *own = s->items[s->count - 1 - AHEAD_KEYS].own;
-        if (own != NULL && PyDict_Check(own))
-            for (int line = 0; line < 4; line++)
-                __builtin_prefetch((const char *)((const PyDictObject *)own)->ma_keys + 64 * line);
-    }
+    if (s->count > AHEAD_KEYS)
+        ahead_keys(s->items[s->count - 1 - AHEAD_KEYS].own);
 }
 
 static int push_children(stack *s, PyObject *children, int depth)

@@ -4,6 +4,7 @@
  * large model none of this is in the cache, and each module is several reads that depend on each other: those of modules that
  * come later are begun before. */
 #include "dlpack.h"
+#include "py_torch_ahead.h"
 
 #include <stdbool.h>
 
@@ -213,24 +214,14 @@ static bool push_children(walk *w, PyObject *children, const waiting *parent)
     return good;
 }
 
-#define AHEAD_DICT 8
-#define AHEAD_KEYS 4
-
 static void look_ahead(const walk *w)
 {
     if (w->count > AHEAD_DICT) {
         waiting *later = &w->stack[w->count - 1 - AHEAD_DICT];
-        if (later->own == NULL && (later->own = PyObject_GenericGetDict(later->module, NULL)) == NULL)
-            PyErr_Clear(); /* asked again when it is its turn */
-        if (later->own != NULL)
-            __builtin_prefetch(later->own);
+        ahead_dict(later->module, &later->own);
     }
-    if (w->count > AHEAD_KEYS) {
-        const PyObject *own = w->stack[w->count - 1 - AHEAD_KEYS].own;
-        if (own != NULL && PyDict_Check(own))
-            for (int line = 0; line < 4; line++)
-                __builtin_prefetch((const char *)((const PyDictObject *)own)->ma_keys + 64 * line);
-    }
+    if (w->count > AHEAD_KEYS)
+        ahead_keys(w->stack[w->count - 1 - AHEAD_KEYS].own);
 }
 
 /* List a module if it is new, and let what is below it wait. */
