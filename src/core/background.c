@@ -4,12 +4,20 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "memory.h"
 
+/* What a thread is given to do. */
+typedef struct task {
+    void (*run)(struct task *self);
+} task;
+
 /* Ranges are taken under the lock: they are milliseconds of work in all, and a few hundred at most. */
 struct pc_background {
+    task task; /* first */
     pthread_mutex_t lock;
     pthread_cond_t idle;
     pc_range_fn fn;
@@ -48,14 +56,97 @@ static void leave(struct pc_background *job)
     pc_free(job);
 }
 
-static void *run(void *arg)
+/* Until no range is left. */
+static void run_job(task *self)
 {
-    struct pc_background *job = arg;
+    struct pc_background *job = (struct pc_background *)self;
     pthread_mutex_lock(&job->lock);
     while (work(job, &job->busy))
         continue;
     pthread_cond_signal(&job->idle);
     leave(job);
+}
+
+/* ------------------------------------------------------------- between jobs */
+
+/* A thread whose job is done waits so long for another: adapters come one after the other, and making a thread costs as much
+ * as the first percents of a job. */
+#ifdef PC_TEST_HOOKS
+#define REST_SECONDS 1
+#else
+#define REST_SECONDS 10
+#endif
+
+/* Where one thread waits. A child of a fork has none, and a lock that may be held by nobody: it begins anew. */
+static struct lounge {
+    atomic_int owner; /* the process whose thread it is; negative while it is made ready */
+    pthread_mutex_t lock;
+    pthread_cond_t call;
+    task *next;
+    bool taken; /* somebody waits */
+} lounge;
+
+static bool lounge_is_open(void)
+{
+    const pid_t self = getpid();
+    int owner = atomic_load_explicit(&lounge.owner, memory_order_acquire);
+    if (owner == self)
+        return true;
+    if (owner == -self || !atomic_compare_exchange_strong(&lounge.owner, &owner, -self))
+        return false;
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&lounge.lock, NULL);
+    pthread_cond_init(&lounge.call, &attributes);
+    pthread_condattr_destroy(&attributes);
+    lounge.next = NULL;
+    lounge.taken = false;
+    atomic_store_explicit(&lounge.owner, self, memory_order_release);
+    return true;
+}
+
+/* Give the task to the thread that waits, if one does. */
+static bool call_thread(task *what)
+{
+    if (!lounge_is_open())
+        return false;
+    pthread_mutex_lock(&lounge.lock);
+    const bool there = lounge.taken && lounge.next == NULL;
+    if (there) {
+        lounge.next = what;
+        pthread_cond_signal(&lounge.call);
+    }
+    pthread_mutex_unlock(&lounge.lock);
+    return there;
+}
+
+/* The next task, or NULL when it is time to go. */
+static task *wait_for_task(void)
+{
+    if (!lounge_is_open())
+        return NULL;
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += REST_SECONDS;
+    task *next = NULL;
+    pthread_mutex_lock(&lounge.lock);
+    if (!lounge.taken) {
+        lounge.taken = true;
+        while (lounge.next == NULL && pthread_cond_timedwait(&lounge.call, &lounge.lock, &until) == 0)
+            continue;
+        next = lounge.next;
+        lounge.next = NULL;
+        lounge.taken = false;
+    }
+    pthread_mutex_unlock(&lounge.lock);
+    return next;
+}
+
+static void *run(void *arg)
+{
+    for (task *next = arg; next != NULL; next = wait_for_task())
+        next->run(next);
     return NULL;
 }
 
@@ -77,11 +168,11 @@ static bool refuse_thread(void) { return atomic_load(&no_threads) && (atomic_fet
 static inline bool refuse_thread(void) { return false; }
 #endif
 
-static bool start_thread(struct pc_background *job)
+static bool start_thread(task *what)
 {
     pthread_attr_t attributes;
     pthread_t thread;
-    if (refuse_thread() || pthread_attr_init(&attributes) != 0)
+    if (pthread_attr_init(&attributes) != 0)
         return false;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
@@ -89,11 +180,19 @@ static bool start_thread(struct pc_background *job)
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    const bool started = pthread_create(&thread, &attributes, run, job) == 0;
+    const bool started = pthread_create(&thread, &attributes, run, what) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return started;
 }
+
+/* On the thread that waits, or, if it is worth one, on a new one. */
+static bool run_elsewhere(task *what, bool worth_a_thread)
+{
+    return !refuse_thread() && (call_thread(what) || (worth_a_thread && start_thread(what)));
+}
+
+/* --------------------------------------------------------------------- jobs */
 
 pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, void *ctx)
 {
@@ -102,13 +201,14 @@ pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, voi
         return NULL;
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->idle, NULL);
+    job->task.run = run_job;
     job->fn = fn;
     job->ctx = ctx;
     job->n = n;
     job->grain = grain > 0 ? grain : 1;
     job->references = 2;
     job->owner = getpid();
-    if (start_thread(job))
+    if (run_elsewhere(&job->task, true))
         return job;
     pthread_mutex_lock(&job->lock);
     job->references = 1;
@@ -135,4 +235,27 @@ void pc_background_finish(pc_background *job, bool rest)
     while (job->busy)
         pthread_cond_wait(&job->idle, &job->lock);
     leave(job);
+}
+
+/* ------------------------------------------------------------------- memory */
+
+/* In the first bytes of the mapping that is to go. */
+typedef struct release {
+    task task; /* first */
+    size_t bytes;
+} release;
+
+static void unmap(task *self)
+{
+    munmap(self, ((release *)self)->bytes);
+}
+
+/* From here on it takes longer to give memory back than to make a thread. */
+#define WORTH_A_THREAD ((size_t)4 << 20)
+
+bool pc_background_unmap(void *map, size_t bytes)
+{
+    release *r = map;
+    *r = (release){{unmap}, bytes};
+    return run_elsewhere(&r->task, bytes >= WORTH_A_THREAD);
 }

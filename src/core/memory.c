@@ -7,6 +7,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "background.h"
+
 #ifdef PC_TEST_HOOKS
 static _Thread_local long fail_countdown;
 static _Thread_local bool fail_happened;
@@ -148,6 +150,10 @@ char *pc_strndup(const char *text, size_t len)
  * pages are the ones still at hand. */
 #define BLOCK_HUGE_BYTES ((size_t)64 << 20)
 
+/* Mappings of these sizes are given back by another thread. Larger ones might be missed by who asks for as much next. */
+#define BLOCK_ELSEWHERE_BYTES ((size_t)1 << 20)
+#define BLOCK_ELSEWHERE_MOST ((size_t)256 << 20)
+
 static void *map_block(size_t bytes)
 {
     void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -197,10 +203,10 @@ void pc_block_free(void *block, size_t bytes)
     if (block == NULL)
         return;
     count_free(block);
-    if (bytes >= BLOCK_MMAP_BYTES)
-        munmap(block, bytes);
-    else
+    if (bytes < BLOCK_MMAP_BYTES)
         free(block);
+    else if (bytes < BLOCK_ELSEWHERE_BYTES || bytes > BLOCK_ELSEWHERE_MOST || !pc_background_unmap(block, bytes))
+        munmap(block, bytes);
 }
 
 struct pc_pool_chunk {

@@ -12,6 +12,16 @@ typedef struct draft {
     size_t slot_count, tensor_count, bytes;
 } draft;
 
+static bool make_room(draft *d, size_t slots)
+{
+    size_t bytes;
+    if (pc_mul_size(slots, sizeof *d->slots, &bytes))
+        d->slots = pc_scratch_take(bytes);
+    if (pc_mul_size(slots, PC_PLAN_TENSORS * sizeof *d->tensors, &bytes))
+        d->tensors = pc_scratch_take(bytes);
+    return d->slots != NULL && d->tensors != NULL;
+}
+
 static pc_status check_name(const char *name, size_t len, pc_error *err)
 {
     if (len == 0)
@@ -247,18 +257,16 @@ pc_status pc_adapter_build(pc_registry *registry, const char *name, size_t name_
         size_t slots = 0;
         for (size_t i = 0; i < modules->count; i++)
             slots += match[i] == 2 || match[i] == 1 || takes_bias(config, &modules->items[i], match[i]);
-        d.slots = pc_calloc(slots, sizeof *d.slots);
-        d.tensors = pc_calloc(slots, PC_PLAN_TENSORS * sizeof *d.tensors);
-        status = d.slots != NULL && d.tensors != NULL ? plan_all(&d, method, config, &copies, modules, match, err)
-                                                      : pc_fail_nomem(err, "an adapter's plan");
+        status = make_room(&d, slots) ? plan_all(&d, method, config, &copies, modules, match, err)
+                                      : pc_fail_nomem(err, "an adapter's plan");
     }
     if (status == PC_OK)
         status = lay_out(&d, err);
     if (status == PC_OK)
         status = finish(&d, method, name, name_len, config, modules->count, out, err);
     pc_base_copies_free(&copies);
-    pc_free(d.tensors);
-    pc_free(d.slots);
+    pc_scratch_leave(d.tensors);
+    pc_scratch_leave(d.slots);
     pc_free(match);
     return status;
 }

@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -111,6 +112,113 @@ TEST(a_forked_child_does_all_of_it)
     CHECK(each_once(&v, 20));
 }
 
+static void note_thread(void *ctx, int64_t begin, int64_t end)
+{
+    (void)begin, (void)end;
+    usleep(1000);
+    atomic_long *thread = ctx;
+    const long this = syscall(SYS_gettid);
+    if (this != getpid())
+        atomic_store(thread, this);
+}
+
+/* The number of the thread that works on a job, which does all of it. */
+static long thread_of_a_job(void)
+{
+    static atomic_long thread;
+    atomic_store(&thread, 0);
+    pc_background *job = pc_background_start(1, 1, note_thread, &thread);
+    for (int i = 0; i < 5000 && atomic_load(&thread) == 0; i++)
+        usleep(1000);
+    pc_background_finish(job, true);
+    usleep(50000); /* it has looked for the next one by then, unless the machine is very busy */
+    return atomic_load(&thread);
+}
+
+TEST(a_thread_stays_for_the_next_job)
+{
+    usleep(1500000); /* those of other tests are gone */
+    const long first = thread_of_a_job();
+    CHECK(first != 0);
+    int again = 0;
+    for (int i = 0; i < 5; i++)
+        again += thread_of_a_job() == first;
+    CHECK(again > 0);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) { /* where it is not */
+        alarm(20);
+        const long other = thread_of_a_job();
+        _exit(other != 0 && other != first ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK_INT(status, 0);
+    usleep(1500000);
+    CHECK(thread_of_a_job() != first);
+}
+
+TEST(jobs_at_the_same_time_have_a_thread_each)
+{
+    static visits all[4];
+    for (int round = 0; round < 20; round++) {
+        pc_background *jobs[4];
+        for (int i = 0; i < 4; i++) {
+            begin_visits(&all[i], round % 2 == 0 ? 100 : 0);
+            jobs[i] = pc_background_start(20, 1, visit, &all[i]);
+            REQUIRE(jobs[i] != NULL);
+        }
+        for (int i = 3; i >= 0; i--)
+            pc_background_finish(jobs[i], true);
+        for (int i = 0; i < 4; i++)
+            CHECK(each_once(&all[i], 20));
+    }
+}
+
+static long resident_mb(void)
+{
+    long pages = -1;
+    FILE *file = fopen("/proc/self/statm", "r");
+    if (file == NULL || fscanf(file, "%*d %ld", &pages) != 1)
+        pages = -1;
+    if (file != NULL)
+        fclose(file);
+    return pages * (sysconf(_SC_PAGESIZE) >> 10) >> 10;
+}
+
+/* A block that has been written. */
+static void *full_block(size_t mb)
+{
+    void *block = pc_block_alloc(mb << 20);
+    if (block != NULL)
+        memset(block, 1, mb << 20);
+    return block;
+}
+
+TEST(large_blocks_go_elsewhere)
+{
+    for (size_t mb = 1; mb <= 64; mb *= 2) {
+        void *block = full_block(mb);
+        REQUIRE(block != NULL);
+        const long before = resident_mb(), live = pc_test_live_allocations();
+        pc_block_free(block, mb << 20);
+        CHECK(pc_test_live_allocations() < live); /* it counts as gone at once */
+        for (int i = 0; i < 5000 && mb >= 32 && resident_mb() > before - (long)mb / 2; i++)
+            usleep(1000);
+        CHECK(mb < 32 || resident_mb() <= before - (long)mb / 2);
+    }
+}
+
+TEST(without_a_thread_blocks_go_at_once)
+{
+    void *block = full_block(64);
+    REQUIRE(block != NULL);
+    const long refused = pc_test_no_threads(true), before = resident_mb();
+    pc_block_free(block, (size_t)64 << 20);
+    CHECK_INT(pc_test_no_threads(false), refused + 1);
+    CHECK(resident_mb() <= before - 32);
+}
+
 TEST(no_memory_means_no_job)
 {
     static visits v;
@@ -167,6 +275,10 @@ int main(void)
     RUN(another_thread_works_and_the_caller_helps);
     RUN(what_is_given_up_is_begun_no_more);
     RUN(a_forked_child_does_all_of_it);
+    RUN(a_thread_stays_for_the_next_job);
+    RUN(jobs_at_the_same_time_have_a_thread_each);
+    RUN(large_blocks_go_elsewhere);
+    RUN(without_a_thread_blocks_go_at_once);
     RUN(no_memory_means_no_job);
     RUN(no_thread_means_no_job);
     RUN(allocations_of_the_other_thread_fail_by_themselves);
