@@ -298,8 +298,8 @@ def parameters_of(layers: list[Any], fields: tuple[str, ...], name: str, /) -> l
 
 def drop_adapter(
     layers: list[Any], holding: tuple[str, ...], other: tuple[str, ...], later: tuple[str, ...], name: str, /
-) -> tuple[list[Any], list[int]]:
-    """Take an adapter out of the fields of each layer: (what was taken, indices of layers with nothing in `holding`)."""
+) -> list[int]:
+    """Take an adapter out of the fields of each layer; the indices of layers with nothing left in `holding`."""
 
 def json_loads(text: str | bytes, label: str = "config") -> Any: ...
 def json_canonical(text: str | bytes, label: str = "config") -> str: ...

@@ -22,8 +22,11 @@ class Adapter:
     def __init__(self, name: str, method: str) -> None:
         self.name, self.method = name, method
         self.trainable = False
-        #: (module's name, layer) of each adapted layer, in the model's order
-        self.layers: list[tuple[str, AdaptedLayer]] = []
+        #: the names of the modules that it adapts and their layers, in the model's order; `set_layers` sets both
+        self.paths: list[str] = []
+        self.layers: list[AdaptedLayer] = []
+        self._classes: list[type[AdaptedLayer]] = []
+        self._fields: tuple[str, ...] = ()
         #: what the modules do that it adapts, as torch_tree's kind_of says
         self.kinds: set[str] = set()
         #: state-dict key, layer and parameter of each tensor in the state dict; three lists, for lists are few objects.
@@ -42,16 +45,24 @@ class Adapter:
         #: what PEFT holds of it, if PEFT made its layers
         self.part: torch_peft.Part | None = None
 
+    def set_layers(self, paths: list[str], layers: list[Any]) -> None:
+        self.paths, self.layers = paths, layers
+        self._classes = list(dict.fromkeys(map(type, layers)))
+        self._fields = tuple(dict.fromkeys(field for cls in self._classes for field in cls.adapter_layer_names))
+
+    def named_layers(self) -> list[tuple[str, AdaptedLayer]]:
+        """(module's name, layer) of each adapted layer."""
+        return list(zip(self.paths, self.layers, strict=True))
+
     def plan_put(self, own: "Tensors", slots: Sequence[Any], config: Any) -> list[Callable[[], None]]:
         """What is to be called to put tensors into the layers, which `slots` describe one by one. Their values are not looked
         at."""
-        classes = [type(layer) for _, layer in self.layers]
-        if len(set(classes)) == 1:
-            return [classes[0].plan_put([layer for _, layer in self.layers], self.name, own, list(slots), config)]
+        if len(self._classes) == 1:
+            return [self._classes[0].plan_put(self.layers, self.name, own, list(slots), config)]
         plan = []
-        for cls in dict.fromkeys(classes):
-            where = [i for i, other in enumerate(classes) if other is cls]
-            layers, theirs = [self.layers[i][1] for i in where], [slots[i] for i in where]
+        for cls in self._classes:
+            where = [i for i, layer in enumerate(self.layers) if type(layer) is cls]
+            layers, theirs = [self.layers[i] for i in where], [slots[i] for i in where]
             plan.append(cls.plan_put(layers, self.name, own.of_slots(where), theirs, config))
         return plan
 
@@ -59,10 +70,10 @@ class Adapter:
         """Note where the tensors are that the core's layout lists, those inside a layer's base layer too."""
         if not all(saved):
             keys, modules, parameters = (list(compress(column, saved)) for column in (keys, modules, parameters))
-        if all(cls.part is AdaptedLayer.part for cls in _classes([layer for _, layer in self.layers])):
+        if all(cls.part is AdaptedLayer.part for cls in self._classes):
             self._keys = keys, modules, parameters
             return
-        layer_of = dict(self.layers)
+        layer_of = dict(self.named_layers())
         inside: dict[str, AdaptedLayer] = {}
         rows = []
         for key, path, parameter in zip(keys, modules, parameters, strict=True):
@@ -71,13 +82,13 @@ class Adapter:
             if below:
                 inside[path + below] = layer
         self.set_rows(rows)
-        self.layers += inside.items()
+        self.set_layers([*self.paths, *inside], [*self.layers, *inside.values()])
 
     def rows(self) -> Iterator[tuple[str, AdaptedLayer, str]]:
         """(state-dict key, layer, parameter) of each tensor in the state dict."""
         keys, layers, parameters = self._keys
         if layers and isinstance(layers[0], str):
-            layer_of = dict(self.layers)
+            layer_of = dict(self.named_layers())
             self._keys = keys, [layer_of[module] for module in layers], parameters
         return zip(*self._keys, strict=True)
 
@@ -90,9 +101,7 @@ class Adapter:
         """Its trainable parameters in the adapted layers."""
         if self.part is not None:
             return self.part.tensors()
-        layers = [layer for _, layer in self.layers]
-        fields = dict.fromkeys(field for cls in _classes(layers) for field in cls.adapter_layer_names)
-        return _core.parameters_of(layers, tuple(fields), self.name)
+        return _core.parameters_of(self.layers, self._fields, self.name)
 
     def state(self) -> dict[str, torch.Tensor]:
         """state-dict key → parameter of what is in the adapted layers."""
@@ -100,17 +109,10 @@ class Adapter:
 
     def drop(self) -> list[tuple[str, AdaptedLayer]]:
         """Take everything of the adapter out of its layers; returns those of `layers` that hold no adapter now."""
-        layers = [layer for _, layer in self.layers]
-        classes = _classes(layers)
-        holding = dict.fromkeys(field for cls in classes for field in cls.adapter_layer_names)
-        other = dict.fromkeys(field for cls in classes for field in cls.other_param_names if field not in holding)
-        later = dict.fromkeys(field for cls in classes for field in cls.later_containers)
-        _, bare = _core.drop_adapter(layers, tuple(holding), tuple(other), tuple(later), self.name)
-        return [self.layers[i] for i in bare]
-
-
-def _classes(layers: list[AdaptedLayer]) -> dict[type[AdaptedLayer], None]:
-    return dict.fromkeys(map(type, layers))
+        other = tuple(dict.fromkeys(f for cls in self._classes for f in cls.other_param_names if f not in self._fields))
+        later = tuple(dict.fromkeys(field for cls in self._classes for field in cls.later_containers))
+        bare = _core.drop_adapter(self.layers, self._fields, other, later, self.name)
+        return [(self.paths[i], self.layers[i]) for i in bare]
 
 
 def tensor_of(layer: AdaptedLayer, parameter: str, name: str) -> Any:

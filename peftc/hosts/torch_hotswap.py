@@ -24,13 +24,13 @@ def make_room(registry: Any, name: str, rank: int) -> None:
     adapter = registry._adapters[name]
     if adapter.method != "LORA" or adapter.part is not None:
         return
-    for path, layer in adapter.layers:
+    for path, layer in adapter.named_layers():
         if layer.r[name] > rank:
             raise ValueError(
                 f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger "
                 f"({layer.r[name]}, at {path}). Call enable_peft_hotswap with the highest rank of all adapters"
             )
-    for _, layer in adapter.layers:
+    for layer in adapter.layers:
         tensors = _tensors(layer, name)
         device = tensors[0][1]._parameters[tensors[0][2]].device
         precise = torch.float32 if device.type == "mps" else torch.float64
@@ -98,8 +98,8 @@ def _plan(old: Any, new: Any, name: str, incoming: str) -> list[Any]:
             f"adapter {name} and the one to take its place need PEFT's layers, and peftc swaps adapters of its own layers "
             "alone: delete the adapter and load the other one"
         )
-    mine = dict(old.layers)
-    theirs = dict(new.layers)
+    mine = dict(old.named_layers())
+    theirs = dict(new.named_layers())
     extra = theirs.keys() - mine.keys()
     if extra:
         raise RuntimeError(no_such_modules(name, extra))
@@ -147,8 +147,8 @@ def _carry_out(registry: Any, old: Any, new: Any, swaps: list[Any]) -> None:
             parameter[tuple(slice(extent) for extent in values.shape)] = values
         else:
             _grow(holder, field, parameter, torch.empty_like(values), values)
-    theirs, mine = dict(new.layers), dict(old.layers)
-    for path, layer in old.layers:
+    theirs, mine = dict(new.named_layers()), dict(old.named_layers())
+    for path, layer in old.named_layers():
         if path in theirs:
             _take_numbers(layer, name, theirs[path], incoming)
         else:  # the new adapter leaves this layer alone

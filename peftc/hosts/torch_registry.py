@@ -5,11 +5,9 @@ arena becomes the storage of the parameters.  Everything is made on the side fir
 that others have already, which are taken out again: a refused adapter leaves no trace.
 """
 
-import gc
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,20 +16,16 @@ from torch import nn
 
 from .. import _core
 from .._core import AdapterRegistry
-from . import torch_adalora, torch_attention, torch_dispatch, torch_files, torch_ia3, torch_lora, torch_peft
+from . import torch_adalora, torch_dispatch, torch_files, torch_ia3, torch_lora, torch_peft
 from .torch_adapter import Adapter, Tensors, tensor_of
+from .torch_collector import grown_up
 from .torch_layers import AdaptedLayer, Switch
-from .torch_saved import SavedModule, copy_of
+from .torch_plan import plan_biases, plan_embeddings, plan_layers, plan_saved
+from .torch_saved import SavedModule
 from .torch_tree import describe, kind_of, walk
-from .torch_wrappers import leads, place, place_of, take_out, unwrap
+from .torch_wrappers import place_of, take_out
 
-_LAYERS: dict[str, Any] = {
-    "LORA": {**torch_lora.LAYERS, "MultiheadAttention": torch_attention.MultiheadAttention},
-    "ADALORA": torch_adalora.LAYERS,
-    "IA3": torch_ia3.LAYERS,
-}
 _PREFIX = "base_model.model."
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class TorchRegistry:
@@ -78,7 +72,7 @@ class TorchRegistry:
 
     def adapted_modules(self, name: str) -> list[str]:
         adapter = self._adapters[name]
-        return [path for path, _ in adapter.layers] if adapter.part is None else adapter.part.modules()
+        return list(adapter.paths) if adapter.part is None else adapter.part.modules()
 
     def adapted_kinds(self, name: str) -> set[str]:
         """What the modules do that the adapter adapts."""
@@ -94,12 +88,12 @@ class TorchRegistry:
 
     def adapted_layers(self, name: str) -> list[tuple[str, AdaptedLayer]]:
         """(module's name, layer) of each layer that the adapter adapts, in the model's order."""
-        return self._adapters[name].layers
+        return self._adapters[name].named_layers()
 
     def layers_of(self, name: str) -> list[tuple[str, Any]]:
         """(module's name, layer) of each layer that the adapter adapts, peftc's or PEFT's, in the model's order."""
         adapter = self._adapters[name]
-        return list(adapter.layers) if adapter.part is None else adapter.part.layers()
+        return adapter.named_layers() if adapter.part is None else adapter.part.layers()
 
     # ------------------------------------------------------------------ making
 
@@ -114,17 +108,17 @@ class TorchRegistry:
 
     def add(self, name: str, config: str, *, label: str = "config", seed: int = 0, trainable: bool = True) -> None:
         """Make a fresh adapter; it is listed but not active."""
-        with _grown_up():
+        with grown_up():
             self._make(name, config, None, label, seed, trainable)
 
     def load(
         self, name: str, config: str, source: Any, *, label: str = "config", seed: int = 0, trainable: bool = False
     ) -> tuple[list[str], list[str]]:
         """Make an adapter from a file or a dict of arrays; returns (missing, unexpected) names."""
-        with _grown_up():
+        with grown_up():
             keys = self._make(name, config, source, label, seed, trainable)
             if trainable:
-                for _, layer in self._adapters[name].layers:
+                for layer in self._adapters[name].layers:
                     layer.train_adapter(name)
             return keys
 
@@ -155,18 +149,18 @@ class TorchRegistry:
         config = SimpleNamespace(**{"lora_dropout": 0.0, **values})
         tensors = Tensors.over(arena, groups, listed[2], slots)
         paths = [slot[0] for slot in slots]
-        splices = self._plan_layers(adapter, paths, modules)
+        splices = plan_layers(adapter, paths, modules, self.switch)
         if described.elsewhere:
             tensors.send_home([modules[path] for path in paths], described.elsewhere, builder.finish)
         put = adapter.plan_put(tensors, slots, config)
         if values.get("use_dora"):
             for path in paths:
                 torch_dispatch.check_in_memory(path, modules[path], "DoRA takes their norm")
-        saved = self._plan_saved(values.get("modules_to_save") or [])
+        saved = plan_saved(self._bound, values.get("modules_to_save") or [])
         if bias != "none":
             adapted = {slot[0] for slot in slots if slot[1]}
-            adapter.biases = self._plan_biases(bias, adapted, [path for path, _ in saved])
-        adapter.embeddings = self._plan_embeddings(values.get("target_modules"), paths, modules)
+            adapter.biases = plan_biases(self._bound, bias, adapted, [path for path, _ in saved])
+        adapter.embeddings = plan_embeddings(self.model, values.get("target_modules"), paths, modules)
         if source is not None:
             unexpected = self._fill_extras(source, adapter, saved, unexpected, label)
         join_peft()
@@ -235,14 +229,14 @@ class TorchRegistry:
         adapter = Adapter(part.name, part.method)
         adapter.part = part
         modules = dict(self._bound)
-        saved = self._plan_saved(getattr(config, "modules_to_save", None) or [])
+        saved = plan_saved(self._bound, getattr(config, "modules_to_save", None) or [])
         bias = getattr(config, "bias", "none")
         if bias != "none":
             bias = bias if bias == "all" else "lora_only"
-            adapter.biases = self._plan_biases(bias, set(part.modules()), [path for path, _ in saved])
+            adapter.biases = plan_biases(self._bound, bias, set(part.modules()), [path for path, _ in saved])
         if getattr(config, "trainable_token_indices", None) is None and part.method != "TRAINABLE_TOKENS":
             targets = getattr(config, "target_modules", None)
-            adapter.embeddings = self._plan_embeddings(targets, part.modules(), modules)
+            adapter.embeddings = plan_embeddings(self.model, targets, part.modules(), modules)
         missing: list[str] = []
         unexpected: list[str] = []
         if source is not None:
@@ -254,80 +248,6 @@ class TorchRegistry:
         if source is not None and trainable:
             part.train(True)
         return missing, unexpected
-
-    def _plan_layers(self, adapter: Adapter, paths: list[str], modules: dict[str, Any]) -> list[tuple[Any, str, Any]]:
-        """Give the adapter the layers for the modules with these names; (parent, key, layer) for each layer that is new."""
-        parents, keys, tops = _core.find_places(modules, paths)
-        bases = [modules[path] for path in paths]
-        if set(map(type, bases)) == {nn.Linear}:
-            kinds = ["Linear"] * len(paths)
-        else:
-            kinds = [_kind_of_slot(path, base, paths) for path, base in zip(paths, bases, strict=True)]
-        known = _LAYERS[adapter.method]
-        classes = [known[kind] for kind in kinds]
-        for i, top in enumerate(tops) if tops != bases else ():
-            if leads.get(type(top)) != ():
-                parents[i], keys[i] = place(parents[i], keys[i])
-                tops[i] = parents[i]._modules[keys[i]]
-        new: dict[Any, list[int]] = {}
-        for i, cls in enumerate(classes):
-            if type(tops[i]) is not cls:
-                new.setdefault(cls, []).append(i)
-        splices: list[tuple[Any, str, Any]] = []
-        for cls, where in new.items():
-            made = cls.around([tops[i] for i in where], self.switch)
-            for i, layer in zip(where, made, strict=True):
-                tops[i] = layer
-                splices.append((parents[i], keys[i], layer))
-        adapter.layers = list(zip(paths, tops, strict=True))
-        adapter.kinds = set(kinds)
-        return splices
-
-    def _plan_saved(self, wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
-        """(module's name, its copy) for each module that modules_to_save names."""
-        wanted = list(wanted)
-        if not wanted:
-            return []
-        return [
-            (path, copy_of(module))
-            for path, module in self._bound
-            if path and any(path == name or path.endswith(f".{name}") for name in wanted)
-        ]
-
-    def _plan_biases(self, bias: str, adapted: set[str], saved: list[str]) -> list[Any]:
-        rows: list[Any] = []
-        inside = {path for path, module in self._bound if isinstance(module, nn.MultiheadAttention)} & adapted
-        adapted = adapted | {f"{path}.out_proj" for path in inside}
-        for path, module in self._bound:
-            if any(path == root or path.startswith(f"{root}.") for root in saved):
-                continue
-            for field, parameter in module._parameters.items():
-                if parameter is None or "bias" not in field:
-                    continue
-                if bias == "lora_only" and (path not in adapted or field != "bias"):
-                    continue
-                key = f"{path}.base_layer.{field}" if path in adapted else f"{path}.{field}"
-                for root in inside:  # what is inside an adapted layer is called so, too
-                    if path.startswith(f"{root}."):
-                        key = f"{root}.base_layer{key.removeprefix(root)}"
-                torch_dispatch.check_in_memory(path, module, f"bias={bias!r} trains the biases there")
-                rows.append((key, module, field, parameter.detach().clone()))
-        return rows
-
-    def _plan_embeddings(self, targets: Any, adapted: list[str], modules: dict[str, Any]) -> list[Any]:
-        """PEFT saves the base weights of adapted embeddings along, if target_modules has one of these names."""
-        get = getattr(self.model, "get_input_embeddings", None)
-        named = targets if not isinstance(targets, str) else [path.rpartition(".")[2] for path in adapted]
-        if get is None or not any(name in (named or ()) for name in _EMBEDDINGS):
-            return []
-        ends = [unwrap(end) for end in (get(), self.model.get_output_embeddings()) if end is not None]
-        return [
-            (f"{path}.base_layer.{field}", modules[path], field)
-            for path in adapted
-            if any(modules[path] is end for end in ends)
-            for field, parameter in modules[path]._parameters.items()
-            if parameter is not None
-        ]
 
     def _fill_extras(
         self, source: Any, adapter: Adapter, saved: list[tuple[str, nn.Module]], unexpected: list[str], label: str
@@ -668,7 +588,7 @@ class TorchRegistry:
         return {
             base: getattr(base, layer.weight_name).detach()
             for adapter in self._adapters.values()
-            for _, layer in adapter.layers
+            for layer in adapter.layers
             if any(getattr(layer, "use_dora", {}).values()) and (base := layer.get_base_layer()) is not None
         }
 
@@ -676,7 +596,7 @@ class TorchRegistry:
         self, wanted: list[str], layers: dict[str, list[tuple[AdaptedLayer, str]]], safe_merge: bool, progressbar: bool
     ) -> None:
         for name in wanted:
-            for path, layer in self._adapters[name].layers:
+            for path, layer in self._adapters[name].named_layers():
                 layers.setdefault(path, []).append((layer, name))
         made = []
         with torch.no_grad():
@@ -739,17 +659,6 @@ class TorchRegistry:
         self.switch = Switch()
 
 
-def _kind_of_slot(path: str, module: Any, paths: list[str]) -> str:
-    """What a module that is to be adapted does; paths has the names of all that are. Raises ValueError for one inside another."""
-    kind = kind_of(module)
-    if kind == "MultiheadAttention" and f"{path}.out_proj" in paths:
-        raise ValueError(
-            f"{path}.out_proj is adapted with {path} already: leave it out of target_modules (its own forward pass "
-            "is never called)"
-        )
-    return kind
-
-
 def _name_below(path: str, layer: AdaptedLayer, parameter: str, name: str) -> str:
     """An adapter's tensor in the model, by its layer's name and the name that the core has for it."""
     field, _, part = parameter.partition(".")
@@ -763,55 +672,6 @@ def _watched(items: Any, progressbar: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(items, desc="Unloading and merging model")
-
-
-class _Promotions:
-    """Whether new objects may skip the garbage collector's young generations."""
-
-    def __init__(self) -> None:
-        #: whether the process has never been seen to keep objects from the collector (gc.freeze), which counting them tells
-        self._nothing_frozen = True
-        self._full_collections = 0
-        self._since = 0
-
-    def due(self) -> bool:
-        """May they now? Each time puts off the next full collection, which a few of them must not do for ever."""
-        full = gc.get_stats()[2]["collections"]
-        if full != self._full_collections:
-            self._full_collections, self._since = full, 0
-        return self._nothing_frozen and self._since < gc.get_threshold()[2]
-
-    def carry_out(self) -> None:
-        """Let everything that is young be old."""
-        self._since += 1
-        self._nothing_frozen = gc.get_freeze_count() == 0
-        if self._nothing_frozen:  # else it would be unfrozen
-            gc.freeze()
-            gc.unfreeze()
-
-
-_promotions = _Promotions()
-
-
-@contextmanager
-def _grown_up() -> Iterator[None]:
-    """What is made inside goes to the garbage collector's oldest generation, where it would end up anyway.
-
-    Thousands of objects come at once, and none is garbage: collections on the way there would look at each for nothing.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    due = _promotions.due()
-    if due:
-        gc.collect(1)  # what is young by now is promoted as well: first goes what is garbage
-    gc.disable()
-    try:
-        yield
-        if due:
-            _promotions.carry_out()
-    finally:
-        gc.enable()
 
 
 def join_peft() -> None:

@@ -88,6 +88,8 @@ int peftc_add_torch_eval(PyObject *module, peftc_state *state);
 int peftc_add_torch_slots(PyObject *module, peftc_state *state);
 int peftc_add_torch_tensors(PyObject *module, peftc_state *state);
 int peftc_add_torch_places(PyObject *module, peftc_state *state);
+int peftc_add_torch_parameters(PyObject *module, peftc_state *state);
+int peftc_add_torch_drop(PyObject *module, peftc_state *state);
 int peftc_add_torch_forward(PyObject *module, peftc_state *state);
 int peftc_add_torch_node(PyObject *module, peftc_state *state);
 int peftc_add_torch_call(PyObject *module, peftc_state *state);

@@ -293,6 +293,22 @@ bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out)
     return ((uintptr_t)out->data & (pc_dtype_size(out->dtype) - 1)) == 0;
 }
 
+void peftc_ahead_of_storage(peftc_state *state, PyObject *obj)
+{
+    const peftc_torch *torch = state->torch; /* looking for it would run code */
+    if (torch == NULL || (Py_TYPE(obj) != torch->tensor && Py_TYPE(obj) != torch->parameter))
+        return;
+    /* A tensor is its head and the address of torch's part, in which the third word is the address of its storage. A
+     * torch that keeps something else there has the wrong line fetched, and nothing else happens. */
+    const char *part, *storage;
+    memcpy(&part, obj + 1, sizeof part);
+    if (part == NULL)
+        return;
+    memcpy(&storage, part + 2 * sizeof storage, sizeof storage);
+    __builtin_prefetch(storage);
+    __builtin_prefetch(storage + 64);
+}
+
 /* --------------------------------------------------------------------- making */
 
 bool peftc_makes_tensors(peftc_state *state)

@@ -47,6 +47,10 @@ typedef struct peftc_rows {
  * torch's modes (autocast, dispatch modes, forward-mode AD) are not visible here: callers look at them. */
 bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out);
 
+/* Begin to read what peftc_read_tensor will, behind a tensor whose own memory and torch's part of it (py_torch_dicts.h,
+ * ahead_tensor) have been fetched. Nothing for what is no tensor. */
+void peftc_ahead_of_storage(peftc_state *state, PyObject *obj);
+
 /* What torch keeps of memory that it was given: DLPack's managed tensor. The caller provides it, and sets the first two. */
 typedef struct peftc_owned_tensor {
     uint32_t major, minor;

@@ -133,6 +133,8 @@ static int (*const parts[])(PyObject *module, peftc_state *state) = {
     peftc_add_torch_slots,
     peftc_add_torch_tensors,
     peftc_add_torch_places,
+    peftc_add_torch_parameters,
+    peftc_add_torch_drop,
     peftc_add_torch_forward,
     peftc_add_torch_node,
     peftc_add_torch_call,

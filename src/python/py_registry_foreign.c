@@ -119,6 +119,7 @@ typedef struct plan {
     PyObject *keys, *modules, *parameters, *saved, *group_list, *slots;
     PyObject *module; /* the name that was asked for last */
     int32_t module_index;
+    PyObject *alpha, *scaling; /* the last slot's: most are the same in all of them */
 } plan;
 
 /* A module's name; a new reference. */
@@ -225,14 +226,23 @@ static bool plan_tensor(plan *p, size_t index)
     return good;
 }
 
+/* The number as a float, which *last is if it is that already; a new reference. */
+static PyObject *number(PyObject **last, double value)
+{
+    const double before = *last != NULL ? PyFloat_AS_DOUBLE(*last) : 0.0;
+    if (*last == NULL || memcmp(&value, &before, sizeof value) != 0)
+        Py_XSETREF(*last, PyFloat_FromDouble(value));
+    return Py_XNewRef(*last);
+}
+
 static PyObject *slot_row(plan *p, const pc_slot *slot)
 {
     PyObject *items[] = {
         module_name(p, slot->module),
         Py_NewRef(slot->adapts ? Py_True : Py_False),
         PyLong_FromLongLong(slot->rank),
-        PyFloat_FromDouble(slot->alpha),
-        PyFloat_FromDouble(slot->scaling),
+        number(&p->alpha, slot->alpha),
+        number(&p->scaling, slot->scaling),
         Py_NewRef(slot->feedforward ? Py_True : Py_False),
         PyLong_FromLong(slot->tensor_count),
     };
@@ -280,6 +290,8 @@ PyObject *registry_layout(PyObject *op, PyObject *arg)
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         Py_XDECREF(*lists[i]);
     Py_XDECREF(p.module);
+    Py_XDECREF(p.alpha);
+    Py_XDECREF(p.scaling);
     pc_strmap_free(&p.groups);
     pc_pool_free(&p.pool);
     pc_adapter_release(adapter);

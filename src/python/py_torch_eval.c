@@ -3,12 +3,11 @@
  * Nothing here knows torch: a module is an object with a __dict__, in which `_modules` is the dict of its children. */
 #include "py_torch_ahead.h"
 
-#include <stdbool.h>
-
 typedef struct evaluation {
     PyObject *kinds; /* class → what its modules are */
     PyObject *ask;   /* … asked of classes that it lacks */
     PyObject *training, *modules, *awake, *base_layer, *train;
+    PyObject *all, *base_alone; /* ways for the walk ahead */
 } evaluation;
 
 enum { PLAIN = 0, ADAPTED = 1, OWN_WAY = 2 };
@@ -30,9 +29,9 @@ static int kind_of(const evaluation *e, PyObject *module)
     return -1;
 }
 
-/* A module that is still to be put in eval mode, and its __dict__ if that was fetched; strong references. */
+/* A module that is still to be put in eval mode; a strong reference. */
 typedef struct waiting {
-    PyObject *module, *own;
+    PyObject *module;
     int depth;
 } waiting;
 
@@ -53,18 +52,18 @@ static int push(stack *s, PyObject *module, int depth)
         s->items = items;
         s->room = room;
     }
-    s->items[s->count++] = (waiting){Py_NewRef(module), NULL, depth};
+    s->items[s->count++] = (waiting){Py_NewRef(module), depth};
     return 0;
 }
 
-static void look_ahead(const stack *s)
+/* What is below a module that will be looked at, for the walk ahead. */
+static PyObject *way_of(const void *ctx, PyObject *module)
 {
-    if (s->count > AHEAD_DICT) {
-        waiting *later = &s->items[s->count - 1 - AHEAD_DICT];
-        ahead_dict(later->module, &later->own);
-    }
-    if (s->count > AHEAD_KEYS)
-        ahead_keys(s->items[s->count - 1 - AHEAD_KEYS].own);
+    const evaluation *e = ctx;
+    PyObject *kind = ahead_of_class(e->kinds, module);
+    const long value = kind != NULL && PyLong_CheckExact(kind) ? PyLong_AsLong(kind) : OWN_WAY;
+    PyErr_Clear();
+    return value == PLAIN ? e->all : value == ADAPTED ? e->base_alone : NULL;
 }
 
 static int push_children(stack *s, PyObject *children, int depth)
@@ -91,7 +90,7 @@ static int sleeps(const evaluation *e, PyObject *own)
     return training == Py_False && (awake == NULL || awake == Py_False);
 }
 
-static int eval_one(const evaluation *e, stack *s, const waiting *w)
+static int eval_one(const evaluation *e, stack *s, const waiting *w, PyObject *own)
 {
     const int kind = kind_of(e, w->module);
     if (kind == OWN_WAY) {
@@ -99,9 +98,8 @@ static int eval_one(const evaluation *e, stack *s, const waiting *w)
         Py_XDECREF(done);
         return done != NULL ? 0 : -1;
     }
-    PyObject *own = kind >= 0 ? w->own : NULL;
-    const int asleep = own != NULL && kind == ADAPTED ? sleeps(e, own) : 0;
-    PyObject *children = own != NULL && asleep >= 0 ? Py_XNewRef(PyDict_GetItemWithError(own, e->modules)) : NULL;
+    const int asleep = kind == ADAPTED ? sleeps(e, own) : 0;
+    PyObject *children = kind >= 0 && asleep >= 0 ? Py_XNewRef(PyDict_GetItemWithError(own, e->modules)) : NULL;
     int result = -1;
     if (children == NULL || !PyDict_Check(children)) {
         if (!PyErr_Occurred())
@@ -122,23 +120,23 @@ static int eval_one(const evaluation *e, stack *s, const waiting *w)
 static int eval_all(const evaluation *e, PyObject *root)
 {
     stack s = {NULL, 0, 0};
+    ahead a = {.modules_name = e->modules};
     int result = push(&s, root, 0);
     while (result == 0 && s.count > 0) {
-        look_ahead(&s);
-        waiting w = s.items[--s.count];
-        if (w.own == NULL && (w.own = PyObject_GenericGetDict(w.module, NULL)) == NULL)
-            result = -1;
-        else
-            result = eval_one(e, &s, &w);
-        Py_XDECREF(w.own);
+        const int collecting = PyGC_Disable();
+        ahead_of_walk(&a, s.items, (size_t)s.count, sizeof *s.items, way_of, e);
+        if (collecting)
+            PyGC_Enable();
+        const waiting w = s.items[--s.count];
+        PyObject *own = PyObject_GenericGetDict(w.module, NULL);
+        result = own != NULL ? eval_one(e, &s, &w, own) : -1;
+        Py_XDECREF(own);
         Py_DECREF(w.module);
     }
-    while (s.count > 0) {
-        waiting w = s.items[--s.count];
-        Py_XDECREF(w.own);
-        Py_DECREF(w.module);
-    }
+    while (s.count > 0)
+        Py_DECREF(s.items[--s.count].module);
     PyMem_Free(s.items);
+    ahead_clear(&a);
     return result;
 }
 
@@ -162,10 +160,15 @@ static PyObject *put_in_eval(PyObject *module, PyObject *const *args, Py_ssize_t
                     .modules = PyUnicode_InternFromString("_modules"),
                     .awake = PyUnicode_InternFromString("_awake"),
                     .base_layer = PyUnicode_InternFromString("base_layer"),
-                    .train = PyUnicode_InternFromString("train")};
+                    .train = PyUnicode_InternFromString("train"),
+                    .all = PyTuple_New(0)};
     int result = -1;
-    if (e.training != NULL && e.modules != NULL && e.awake != NULL && e.base_layer != NULL && e.train != NULL)
+    if (e.base_layer != NULL)
+        e.base_alone = PyTuple_Pack(1, e.base_layer);
+    if (e.training != NULL && e.modules != NULL && e.awake != NULL && e.base_alone != NULL && e.train != NULL && e.all != NULL)
         result = eval_all(&e, args[0]);
+    Py_XDECREF(e.all);
+    Py_XDECREF(e.base_alone);
     Py_XDECREF(e.training);
     Py_XDECREF(e.modules);
     Py_XDECREF(e.awake);

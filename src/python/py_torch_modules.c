@@ -1,4 +1,4 @@
-/* torch's modules by the hundred: making them from templates, setting flags of their parameters.
+/* torch's modules by the hundred: making them from templates.
  *
  * Nothing here knows torch: a module is an object with a __dict__. */
 #include "binding.h"
@@ -150,66 +150,12 @@ static PyObject *trees_like(PyObject *module, PyObject *templates)
     return made;
 }
 
-/* --------------------------------------------------------------------- flags */
-
-PyDoc_STRVAR(set_requires_grad_doc,
-             "set_requires_grad(parameters, flag, /)\n--\n\n"
-             "parameter.requires_grad = flag for each of a list or tuple.\n\n"
-             "Raises what setting the attribute raises; those before have their new value then.");
-
-/* The attribute's getset descriptor in a type that sets attributes the ordinary way; NULL without an exception
- * otherwise. */
-static PyObject *descriptor_of(PyTypeObject *type, PyObject *name)
-{
-    if (type->tp_setattro != PyObject_GenericSetAttr)
-        return NULL;
-    PyObject *descriptor = PyObject_GetAttr((PyObject *)type, name);
-    if (descriptor == NULL)
-        PyErr_Clear();
-    else if (!Py_IS_TYPE(descriptor, &PyGetSetDescr_Type))
-        Py_CLEAR(descriptor);
-    return descriptor;
-}
-
-static PyObject *set_requires_grad(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    (void)module;
-    if (nargs != 2 || !(PyList_Check(args[0]) || PyTuple_Check(args[0]))) {
-        PyErr_SetString(PyExc_TypeError, "set_requires_grad() takes a list or tuple of parameters, and a flag");
-        return NULL;
-    }
-    int flag = PyObject_IsTrue(args[1]);
-    if (flag < 0)
-        return NULL;
-    PyObject *name = PyUnicode_InternFromString("requires_grad"), *descriptor = NULL;
-    PyObject *value = flag ? Py_True : Py_False;
-    PyTypeObject *type = NULL; /* whose descriptor that is; a strong reference */
-    bool good = name != NULL;
-    for (Py_ssize_t i = 0; good && i < PySequence_Fast_GET_SIZE(args[0]); i++) {
-        PyObject *parameter = Py_NewRef(PySequence_Fast_GET_ITEM(args[0], i));
-        if (Py_TYPE(parameter) != type) {
-            Py_XSETREF(type, (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(parameter)));
-            Py_XSETREF(descriptor, descriptor_of(type, name));
-        }
-        good = (descriptor != NULL ? Py_TYPE(descriptor)->tp_descr_set(descriptor, parameter, value)
-                                   : PyObject_SetAttr(parameter, name, value)) == 0;
-        Py_DECREF(parameter);
-    }
-    Py_XDECREF(name);
-    Py_XDECREF(descriptor);
-    Py_XDECREF(type);
-    if (!good)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 #define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef functions[] = {
     {"module_like", module_like, METH_O, module_like_doc},
     {"modules_like", modules_like, METH_O, modules_like_doc},
     {"trees_like", trees_like, METH_O, trees_like_doc},
-    {"set_requires_grad", FASTCALL(set_requires_grad), METH_FASTCALL, set_requires_grad_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,22 +1,7 @@
 /* Where in torch's module tree an adapter's slots are.
  *
  * A slot is known by its module's name; a module is an object whose __dict__ has `_modules`, the dict of its children. */
-#include "binding.h"
-
-#include <stdbool.h>
-
-/* The dict called `key` in the object's __dict__; a new reference, NULL without an exception if there is none. */
-static PyObject *dict_in(PyObject *object, PyObject *key)
-{
-    PyObject *own = PyObject_GenericGetDict(object, NULL), *found = NULL;
-    if (own != NULL && PyDict_Check(own))
-        found = PyDict_GetItemWithError(own, key);
-    found = found != NULL && PyDict_Check(found) ? Py_NewRef(found) : NULL;
-    Py_XDECREF(own);
-    if (found == NULL && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_AttributeError))
-        PyErr_Clear(); /* it has no __dict__ */
-    return found;
-}
+#include "py_torch_dicts.h"
 
 /* "a.b.c" → the module "a.b" and "c"; borrowed and a new reference. */
 static PyObject *split(PyObject *modules, PyObject *path, PyObject **key)
@@ -58,7 +43,7 @@ static PyObject *find_places(PyObject *module, PyObject *const *args, Py_ssize_t
     for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(args[1]); i++) {
         PyObject *path = Py_NewRef(PyList_GET_ITEM(args[1], i)), *key = NULL, *top = NULL;
         PyObject *parent = Py_XNewRef(split(args[0], path, &key));
-        PyObject *children = key != NULL ? dict_in(parent, modules_name) : NULL;
+        PyObject *children = key != NULL ? torch_dict_in(parent, modules_name) : NULL;
         if (children != NULL)
             top = Py_XNewRef(PyDict_GetItemWithError(children, key));
         if (top == NULL && !PyErr_Occurred())

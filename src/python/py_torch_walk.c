@@ -6,58 +6,11 @@
 #include "dlpack.h"
 #include "py_torch_ahead.h"
 
-#include <stdbool.h>
-
-/* ----------------------------------------------------------- modules seen so far */
-
-/* A set of addresses: open addressing, a power of two of places, at most half of them taken. */
-typedef struct address_set {
-    uintptr_t *places; /* 0: free */
-    size_t room, count;
-} address_set;
-
-static uintptr_t *place_in(const address_set *set, uintptr_t address)
-{
-    size_t at = (size_t)((uint64_t)(address >> 4) * UINT64_C(0x9E3779B97F4A7C15) >> 20) & (set->room - 1);
-    while (set->places[at] != 0 && set->places[at] != address)
-        at = (at + 1) & (set->room - 1);
-    return &set->places[at];
-}
-
-static bool grow(address_set *set)
-{
-    address_set larger = {.room = set->room != 0 ? 2 * set->room : 1024, .count = set->count};
-    larger.places = PyMem_Calloc(larger.room, sizeof *larger.places);
-    if (larger.places == NULL) {
-        PyErr_NoMemory();
-        return false;
-    }
-    for (size_t i = 0; i < set->room; i++)
-        if (set->places[i] != 0)
-            *place_in(&larger, set->places[i]) = set->places[i];
-    PyMem_Free(set->places);
-    *set = larger;
-    return true;
-}
-
-/* 1 the first time that it is called with an object, 0 after that, -1 with an exception. */
-static int is_new(address_set *set, const PyObject *object)
-{
-    if (2 * set->count >= set->room && !grow(set))
-        return -1;
-    uintptr_t *place = place_in(set, (uintptr_t)object);
-    if (*place != 0)
-        return 0;
-    *place = (uintptr_t)object;
-    set->count++;
-    return 1;
-}
-
 /* ------------------------------------------------------------------- listing */
 
-/* A module that is still to be listed, and its __dict__ if that was fetched; strong references. */
+/* A module that is still to be listed; strong references. */
 typedef struct waiting {
-    PyObject *module, *name, *own;
+    PyObject *module, *name;
     int depth;
 } waiting;
 
@@ -66,6 +19,7 @@ typedef struct walk {
     PyObject *find;  /* … asked of classes that it lacks */
     PyObject *list, *modules_name;
     address_set seen;
+    ahead ahead;
     waiting *stack; /* the next one last */
     Py_ssize_t count, room;
 } walk;
@@ -174,7 +128,7 @@ static bool push(walk *w, PyObject *module, PyObject *name, int depth)
         }
     }
     if (name != NULL)
-        w->stack[w->count++] = (waiting){Py_NewRef(module), name, NULL, depth};
+        w->stack[w->count++] = (waiting){Py_NewRef(module), name, depth};
     return name != NULL;
 }
 
@@ -214,28 +168,33 @@ static bool push_children(walk *w, PyObject *children, const waiting *parent)
     return good;
 }
 
-static void look_ahead(const walk *w)
+/* What leads from a module, for the walk ahead. */
+static PyObject *way_of(const void *ctx, PyObject *module)
 {
-    if (w->count > AHEAD_DICT) {
-        waiting *later = &w->stack[w->count - 1 - AHEAD_DICT];
-        ahead_dict(later->module, &later->own);
-    }
-    if (w->count > AHEAD_KEYS)
-        ahead_keys(w->stack[w->count - 1 - AHEAD_KEYS].own);
+    PyObject *leads = ahead_of_class(((const walk *)ctx)->leads, module);
+    return leads != NULL && PyTuple_Check(leads) ? leads : NULL;
+}
+
+/* 1 the first time that it is called with an object, 0 after that, -1 with an exception. */
+static int is_new(walk *w, const PyObject *module)
+{
+    const int added = address_set_add(&w->seen, module);
+    if (added < 0)
+        PyErr_NoMemory();
+    return added;
 }
 
 /* List a module if it is new, and let what is below it wait. */
 static bool list_one(walk *w, const waiting *next)
 {
     PyObject *module = unwrapped(w, next->module, next->name);
-    const int fresh = module != NULL ? is_new(&w->seen, module) : -1;
+    const int fresh = module != NULL ? is_new(w, module) : -1;
     bool good = fresh == 0;
     if (fresh == 1) {
         PyObject *pair = PyTuple_Pack(2, next->name, module), *own = NULL, *children = NULL;
         good = pair != NULL && PyList_Append(w->list, pair) == 0;
         Py_XDECREF(pair);
-        own = module == next->module ? Py_XNewRef(next->own) : NULL;
-        if (good && own == NULL && (own = PyObject_GenericGetDict(module, NULL)) == NULL)
+        if (good && (own = PyObject_GenericGetDict(module, NULL)) == NULL)
             PyErr_Clear(); /* its attribute may be elsewhere */
         if (own != NULL && !PyDict_Check(own))
             Py_CLEAR(own);
@@ -251,7 +210,6 @@ static bool list_one(walk *w, const waiting *next)
 
 static void forget(const waiting *one)
 {
-    Py_XDECREF(one->own);
     Py_DECREF(one->name);
     Py_DECREF(one->module);
 }
@@ -275,10 +233,11 @@ static PyObject *walk_modules(PyObject *module, PyObject *const *args, Py_ssize_
     }
     walk w = {.leads = args[1], .find = args[2], .list = PyList_New(0)};
     w.modules_name = PyUnicode_InternFromString("_modules");
+    w.ahead.modules_name = w.modules_name;
     const int collecting = PyGC_Disable(); /* thousands of tuples that are all alive */
     bool good = w.list != NULL && w.modules_name != NULL && push(&w, args[0], PyUnicode_New(0, 0), 0);
     while (good && w.count > 0) {
-        look_ahead(&w);
+        ahead_of_walk(&w.ahead, w.stack, (size_t)w.count, sizeof *w.stack, way_of, &w);
         const waiting next = w.stack[--w.count];
         good = list_one(&w, &next);
         forget(&next);
@@ -288,7 +247,8 @@ static PyObject *walk_modules(PyObject *module, PyObject *const *args, Py_ssize_
     while (w.count > 0)
         forget(&w.stack[--w.count]);
     PyMem_Free(w.stack);
-    PyMem_Free(w.seen.places);
+    ahead_clear(&w.ahead);
+    address_set_clear(&w.seen);
     Py_XDECREF(w.modules_name);
     if (!good)
         Py_CLEAR(w.list);
@@ -364,53 +324,21 @@ static PyObject *row_of(description *d, PyObject *module)
     return row;
 }
 
-/* Append a module's own parameters to the list. */
-static bool append_parameters(const description *d, PyObject *module, PyObject *list)
+#define AT_A_TIME 128 /* modules of a list */
+
+static void look_ahead(ahead *a, PyObject *pairs, Py_ssize_t begin)
 {
-    PyObject *own = PyObject_GenericGetDict(module, NULL), *key, *value;
-    PyObject *parameters = own != NULL && PyDict_Check(own) ? PyDict_GetItemWithError(own, d->parameters) : NULL;
-    Py_ssize_t at = 0;
-    bool good = !PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_AttributeError); /* it has no __dict__ */
-    if (good)
-        PyErr_Clear();
-    while (good && parameters != NULL && PyDict_Check(parameters) && PyDict_Next(parameters, &at, &key, &value))
-        good = value == Py_None || PyList_Append(list, value) == 0;
-    Py_XDECREF(own);
-    return good;
-}
-
-/* Begin the next of the reads on the way to a linear layer's weight; those before it have come in by now. */
-enum { READ_PARAMETERS, READ_THEIR_KEYS, READ_WEIGHT, READ_TENSOR, READS };
-
-static void begin_reading(const description *d, PyObject *pair, int read)
-{
-    PyObject *module = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2 ? PyTuple_GET_ITEM(pair, 1) : NULL;
-    if (module == NULL || (PyObject *)Py_TYPE(module) != d->linear)
-        return;
-    PyObject *own = PyObject_GenericGetDict(module, NULL), *weight = NULL;
-    PyObject *parameters = own != NULL && PyDict_Check(own) ? PyDict_GetItemWithError(own, d->parameters) : NULL;
-    if (parameters != NULL && PyDict_Check(parameters) && read >= READ_WEIGHT)
-        weight = PyDict_GetItemWithError(parameters, d->weight);
-    const void *address = read == READ_PARAMETERS ? parameters : weight;
-    if (read == READ_THEIR_KEYS && parameters != NULL && PyDict_Check(parameters))
-        address = ((PyDictObject *)parameters)->ma_keys;
-    if (read == READ_TENSOR && weight != NULL && Py_TYPE(weight)->tp_basicsize >= (Py_ssize_t)sizeof(PyObject[2]))
-        memcpy(&address, weight + 1, sizeof address); /* torch keeps the address of what it computes with there */
-    for (int line = 0; line < 4 && address != NULL; line++)
-        __builtin_prefetch((const char *)address + 64 * line);
-    Py_XDECREF(own);
-    PyErr_Clear();
-}
-
-#define BETWEEN 3 /* modules between one read and the next */
-
-static void look_ahead_of(const description *d, PyObject *modules, Py_ssize_t i)
-{
-    for (int read = 0; read < READS; read++) {
-        const Py_ssize_t later = i + BETWEEN * (READS - read);
-        if (later < PyList_GET_SIZE(modules))
-            begin_reading(d, PyList_GET_ITEM(modules, later), read);
+    PyObject *modules[AT_A_TIME];
+    size_t count = 0;
+    for (Py_ssize_t i = begin; i < begin + AT_A_TIME && i < PyList_GET_SIZE(pairs); i++) {
+        PyObject *pair = PyList_GET_ITEM(pairs, i);
+        if (PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2)
+            modules[count++] = PyTuple_GET_ITEM(pair, 1);
     }
+    const int collecting = PyGC_Disable();
+    ahead_of_parameters(a, modules, count);
+    if (collecting)
+        PyGC_Enable();
 }
 
 PyDoc_STRVAR(describe_modules_doc,
@@ -435,10 +363,12 @@ static PyObject *describe_modules(PyObject *module, PyObject *const *args, Py_ss
                      .parameters = PyUnicode_InternFromString("_parameters"),
                      .weight = PyUnicode_InternFromString("weight"),
                      .bias = PyUnicode_InternFromString("bias")};
+    ahead later = {.state = d.state, .parameters_name = d.parameters};
     PyObject *rows = PyList_New(0), *parameters = PyList_New(0), *result = NULL;
     bool good = d.parameters != NULL && d.weight != NULL && d.bias != NULL && rows != NULL && parameters != NULL;
     for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(args[0]); i++) {
-        look_ahead_of(&d, args[0], i);
+        if (i % AT_A_TIME == 0)
+            look_ahead(&later, args[0], i);
         PyObject *pair = Py_NewRef(PyList_GET_ITEM(args[0], i)), *row = NULL, *named = NULL;
         if (PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2)
             row = row_of(&d, PyTuple_GET_ITEM(pair, 1));
@@ -447,11 +377,12 @@ static PyObject *describe_modules(PyObject *module, PyObject *const *args, Py_ss
         if (row != NULL)
             named = PyTuple_Pack(2, PyTuple_GET_ITEM(pair, 0), row);
         good = named != NULL && PyList_Append(rows, named) == 0 &&
-               append_parameters(&d, PyTuple_GET_ITEM(pair, 1), parameters);
+               torch_append_own(parameters, PyTuple_GET_ITEM(pair, 1), d.parameters);
         Py_XDECREF(named);
         Py_XDECREF(row);
         Py_DECREF(pair);
     }
+    ahead_clear(&later);
     if (good)
         result = PyTuple_Pack(2, rows, parameters);
     Py_XDECREF(parameters);

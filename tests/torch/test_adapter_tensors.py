@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import peftc
-from peftc.hosts import torch_registry
+from peftc.hosts import torch_collector
 
 
 class Model(peftc.PeftAdapterMixin, nn.Module):
@@ -235,7 +235,7 @@ def test_full_collections_still_come(collector):
 
 
 def test_the_garbage_collector_is_left_as_it_was(collector, monkeypatch):
-    monkeypatch.setattr(torch_registry, "_promotions", torch_registry._Promotions())
+    monkeypatch.setattr(torch_collector, "promotions", torch_collector.Promotions())
     gc.disable()
     many().add_adapter(copy.deepcopy(CONFIG))
     assert not gc.isenabled()
@@ -248,7 +248,7 @@ def test_the_garbage_collector_is_left_as_it_was(collector, monkeypatch):
     frozen = gc.get_freeze_count()
     model.add_adapter(copy.deepcopy(CONFIG))  # what is frozen stays so
     assert gc.get_freeze_count() >= frozen - 100
-    assert not torch_registry._promotions.due()  # and is not counted again
+    assert not torch_collector.promotions.due()  # and is not counted again
 
 
 def test_classes_that_are_made_for_a_module_go_with_it():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import random
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -228,6 +230,56 @@ def test_a_base_stands_in_its_wrappers_place():
         listed(root)
 
 
+def random_tree(rng: random.Random, count: int) -> nn.Module:
+    """Modules of many kinds below each other: shared ones, cycles, wrappers, gaps, dicts with an order of their own."""
+    made: list[Any] = [nn.Module()]
+    for _ in range(count):
+        parent = rng.choice(made)
+        kind = rng.randrange(8)
+        child: Any = [nn.Module, nn.Sequential, nn.Identity][kind % 3]() if kind < 6 else Wrapper(rng.choice(made))
+        if kind == 5:
+            child = rng.choice(made)
+        parent._modules[f"m{rng.randrange(4 * count)}"] = child if rng.random() < 0.95 else None
+        if rng.random() < 0.02:
+            parent._modules = OrderedDict(reversed(parent._modules.items()))
+        if rng.random() < 0.05:
+            parent.__dict__ = dict(reversed(parent.__dict__.items()))
+        if kind == 6:
+            child.lora_A["default"].again = made[0]
+        if child is not None and kind != 5:
+            made.append(child)
+    return made[0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_known_of_classes_changes_nothing(seed):
+    """Of classes that are known, modules are read ahead."""
+    ways = {
+        nn.Module: (),
+        nn.Sequential: (),
+        nn.Identity: (),
+        nn.Linear: (),
+        nn.ModuleDict: (),
+        Wrapper: ("base_layer",),
+    }
+    root = random_tree(random.Random(seed), [30, 300, 6000][seed % 3])
+
+    def outcome(known: dict[Any, Any]) -> Any:
+        try:
+            return [(name, id(module)) for name, module in _core.walk_modules(root, known, ways.get)]
+        except RecursionError:  # wrappers around each other
+            return "too deep"
+
+    want = outcome({})
+    assert outcome(ways) == want
+    assert outcome({nn.Module: (), Wrapper: ("base_layer",)}) == want
+    if want == "too deep":
+        return
+    rows = [("", module) for _, module in _core.walk_modules(root, ways, print)]
+    parameters = _core.describe_modules(rows, nn.Linear, {}, lambda module: "row")[1]
+    assert [id(p) for p in parameters] == [id(p) for _, module in rows for p in module._parameters.values()]
+
+
 def test_each_module_is_listed_once_whatever_the_cycles():
     root = nn.Sequential(nn.Sequential(nn.Identity()))
     root[0].again = root
@@ -310,26 +362,35 @@ def test_drop_adapter():
         layer.lora_dropout = nn.ModuleDict({"default": nn.Identity(), "other": nn.Identity()})
     layers[1].lora_A["other"] = nn.Linear(2, 2)
     layers[2]._modules["lora_E"] = None
-    want = [layers[0].r["default"], layers[0].lora_A["default"], layers[0].lora_E["default"]]
-    dropout = layers[0].lora_dropout["default"]
+    going = [weakref.ref(layers[0].lora_A["default"]), weakref.ref(layers[0].lora_dropout["default"])]
     fields = ("lora_A", "lora_E", "nothing"), ("r", "lora_dropout"), ("lora_E",)
-    gone, bare = _core.drop_adapter(layers, *fields, "default")
-    assert bare == [0, 2]  # the second holds "other", and so do all as a rank and a dropout, which is not holding
-    assert all(any(one is thing for thing in gone) for one in [*want, dropout])
+    assert _core.drop_adapter(layers, *fields, "default") == [0, 2]
+    # The second holds "other", and so do all as a rank and a dropout, which is not holding.
+    assert [ref() for ref in going] == [None, None]
     assert layers[0].r == {"other": 3} and list(layers[0].lora_dropout) == ["other"]
     assert list(layers[1].lora_A) == ["other"] and not layers[0].lora_A and not hasattr(layers[0], "lora_E")
-    assert _core.drop_adapter(layers, *fields, "default") == ([], [0, 2])
-    gone, bare = _core.drop_adapter(layers, *fields, "other")
-    assert bare == [0, 1, 2] and sum(isinstance(one, nn.Linear) for one in gone) == 1
-    assert _core.drop_adapter([], (), (), (), "default") == ([], [])
+    assert _core.drop_adapter(layers, *fields, "default") == [0, 2]
+    left = layers[1].lora_A["other"]
+    assert _core.drop_adapter(layers, *fields, "other") == [0, 1, 2]
+    assert isinstance(left, nn.Linear) and not layers[1].lora_A and not layers[1].r
+    assert _core.drop_adapter([], (), (), (), "default") == []
+
+
+def test_what_is_dropped_goes_when_all_is_out():
+    """A finalizer sees every layer without the adapter."""
+    layers = [Wrapper(nn.Linear(2, 2)) for _ in range(3)]
+    seen = []
+    for layer in layers:
+        weakref.finalize(layer.lora_A["default"], lambda: seen.append([len(one.lora_A) for one in layers]))
+    assert _core.drop_adapter(layers, ("lora_A",), (), (), "default") == [0, 1, 2]
+    assert seen == [[0, 0, 0]] * 3
 
 
 def test_drop_adapter_of_ordered_dicts_and_of_no_layers():
     layer = nn.Module()
     layer.lora_A = nn.Module()
     layer.lora_A._modules = OrderedDict(a=nn.Identity(), b=nn.Identity())
-    gone, bare = _core.drop_adapter([layer], ("lora_A",), (), (), "a")
-    assert len(gone) == 1 and bare == []
+    assert _core.drop_adapter([layer], ("lora_A",), (), (), "a") == []
     assert list(layer.lora_A._modules) == ["b"] and len(layer.lora_A._modules) == 1
     with pytest.raises(TypeError, match="neither a dict nor an object"):
         _core.drop_adapter([5], ("lora_A",), (), (), "a")
@@ -355,6 +416,31 @@ def test_parameters_of_one_adapter():
         _core.parameters_of([5], ("lora_A",), "default")
     with pytest.raises(TypeError, match="a list of layers"):
         _core.parameters_of(layer, ("lora_A",), "default")
+
+
+def test_parameters_of_layers_that_have_grown_differently():
+    """A name is at another place in each container, or in none, or in one whose dict is of another kind."""
+    layers = [Wrapper(nn.Linear(2, 2)) for _ in range(40)]
+    for i, layer in enumerate(layers):
+        for other in range(i % 5):
+            layer.lora_A[f"other{other}"] = nn.Linear(2, 2)
+        layer.lora_A["this"] = nn.Linear(2, 2, bias=i % 2 == 0)
+        if i % 3 == 0:
+            del layer.lora_A["default"]  # its entry stays, empty
+        if i % 7 == 0:
+            del layer.lora_A["this"]
+        if i % 11 == 0:
+            layer.lora_A._modules = OrderedDict(reversed(layer.lora_A._modules.items()))
+        if i % 13 == 5:
+            layer.lora_A._modules["this"] = None
+    want = []
+    for layer in layers:
+        child = layer.lora_A._modules.get("this")
+        want += [] if child is None else list(child._parameters.values())
+    found = _core.parameters_of(layers, ("lora_A",), "this")
+    assert [id(one) for one in found] == [id(one) for one in want if one is not None]
+    found = _core.parameters_of(layers, ("lora_A",), str(b"this", "ascii"))  # equal, and another string
+    assert [id(one) for one in found] == [id(one) for one in want if one is not None]
 
 
 def test_own_parameters():
