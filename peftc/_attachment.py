@@ -1,12 +1,14 @@
 """What a model with adapters carries, and how an adapter is made on it: the steps that every API of peftc shares."""
 
 import json
+from _thread import RLock  # what threading.RLock() gives, without the module
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import _prepare
 from ._core import AdapterRegistry
 from .config import as_peftc_json
+from .hosts import host_of
 
 #: fields of a config that choose modules beside target_modules
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -19,10 +21,6 @@ class Attachment:
     __slots__ = ("allocators", "host", "lock", "made_from", "registry")
 
     def __init__(self, model: object) -> None:
-        from threading import RLock
-
-        from .hosts import host_of
-
         self.host = host_of(model)
         self.registry: Any = self.host.new_registry()
         self.lock = RLock()
@@ -34,8 +32,6 @@ class Attachment:
         return {field: getattr(self, field) for field in self.__slots__ if field != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from threading import RLock
-
         for field, value in state.items():
             setattr(self, field, value)
         self.lock = RLock()

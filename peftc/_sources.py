@@ -3,19 +3,17 @@
 
 import os
 import re
+import sys
 from typing import Any, Optional
 
 from . import _core
+from .config import PeftConfig
 
 _PREFIX = "base_model.model."
 
 
 def _config_types() -> tuple[type, ...]:
     """Our PeftConfig, and PEFT's if something has imported peft."""
-    import sys
-
-    from .config import PeftConfig
-
     theirs = getattr(sys.modules.get("peft"), "PeftConfig", None)
     return (PeftConfig, theirs) if theirs is not None else (PeftConfig,)
 
@@ -29,8 +27,6 @@ def as_config(value: Any, argument: str, host: Any) -> Any:
     if is_config(value):
         return value
     if isinstance(value, dict):
-        from .config import PeftConfig
-
         if value.get("peft_type") is None:
             raise ValueError(f'{argument} is a dict without "peft_type", which says what method it configures')
         try:

@@ -26,6 +26,9 @@ def _path_of(model: Any, modules: list[tuple[str, Any]], getter: str) -> str | N
     return next((path for path, module in modules if module is found), None)
 
 
+#: tensors to draw a number into, which nobody uses; making one would take longer than the draw
+_NUMBERS: list[torch.Tensor] = []
+
 #: class → how its modules go to eval mode, for `_core.put_in_eval`; filled as classes are met
 _EVAL_KINDS: dict[type, int] = {}
 
@@ -56,7 +59,10 @@ class TorchHost:
 
     def new_seed(self) -> int:
         """From torch's generator, so that torch.manual_seed makes fresh adapters repeat."""
-        return int(torch.randint(2**62, (), device="cpu").item())
+        number = _NUMBERS.pop() if _NUMBERS else torch.empty((), dtype=torch.int64, device="cpu")
+        seed = int(number.random_(2**62).item())
+        _NUMBERS.append(number)
+        return seed
 
     def generation(self, model: Any) -> Generation:
         return torch_generation.generation_of(model)
