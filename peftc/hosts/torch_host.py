@@ -29,6 +29,12 @@ def _path_of(model: Any, modules: list[tuple[str, Any]], getter: str) -> str | N
 #: tensors to draw a number into, which nobody uses; making one would take longer than the draw
 _NUMBERS: list[torch.Tensor] = []
 
+
+def _new_number() -> torch.Tensor:
+    with torch.inference_mode(False):  # else it could be drawn into in that mode alone
+        return torch.tensor(0, dtype=torch.int64, device="cpu")
+
+
 #: class → how its modules go to eval mode, for `_core.put_in_eval`; filled as classes are met
 _EVAL_KINDS: dict[type, int] = {}
 
@@ -59,7 +65,7 @@ class TorchHost:
 
     def new_seed(self) -> int:
         """From torch's generator, so that torch.manual_seed makes fresh adapters repeat."""
-        number = _NUMBERS.pop() if _NUMBERS else torch.empty((), dtype=torch.int64, device="cpu")
+        number = _NUMBERS.pop() if _NUMBERS else _new_number()
         seed = int(number.random_(2**62).item())
         _NUMBERS.append(number)
         return seed

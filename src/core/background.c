@@ -77,6 +77,15 @@ static void run_job(task *self)
 #define REST_SECONDS 10
 #endif
 
+#ifdef __APPLE__
+#define REST_CLOCK CLOCK_REALTIME /* a condition waits by no other there */
+#else
+#define REST_CLOCK CLOCK_MONOTONIC
+#endif
+
+static atomic_bool unmapping;      /* memory is being given back elsewhere */
+static atomic_bool threads_wanted; /* there has been a job */
+
 /* Where one thread waits. A child of a fork has none, and a lock that may be held by nobody: it begins anew. */
 static struct lounge {
     atomic_int owner; /* the process whose thread it is; negative while it is made ready */
@@ -86,6 +95,12 @@ static struct lounge {
     bool taken; /* somebody waits */
 } lounge;
 
+static void begin_anew(void)
+{
+    atomic_store(&lounge.owner, 0);
+    atomic_store(&unmapping, false);
+}
+
 static bool lounge_is_open(void)
 {
     const pid_t self = getpid();
@@ -94,9 +109,14 @@ static bool lounge_is_open(void)
         return true;
     if (owner == -self || !atomic_compare_exchange_strong(&lounge.owner, &owner, -self))
         return false;
+    static atomic_bool watches_forks; /* a child inherits both */
+    if (!atomic_exchange(&watches_forks, true))
+        (void)pthread_atfork(NULL, NULL, begin_anew); /* without it the process's number tells, unless it is used again */
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#ifndef __APPLE__
+    pthread_condattr_setclock(&attributes, REST_CLOCK);
+#endif
     pthread_mutex_init(&lounge.lock, NULL);
     pthread_cond_init(&lounge.call, &attributes);
     pthread_condattr_destroy(&attributes);
@@ -127,7 +147,7 @@ static task *wait_for_task(void)
     if (!lounge_is_open())
         return NULL;
     struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
+    clock_gettime(REST_CLOCK, &until);
     until.tv_sec += REST_SECONDS;
     task *next = NULL;
     pthread_mutex_lock(&lounge.lock);
@@ -208,6 +228,7 @@ pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, voi
     job->grain = grain > 0 ? grain : 1;
     job->references = 2;
     job->owner = getpid();
+    atomic_store_explicit(&threads_wanted, true, memory_order_relaxed);
     if (run_elsewhere(&job->task, true))
         return job;
     pthread_mutex_lock(&job->lock);
@@ -248,6 +269,7 @@ typedef struct release {
 static void unmap(task *self)
 {
     munmap(self, ((release *)self)->bytes);
+    atomic_store(&unmapping, false);
 }
 
 /* From here on it takes longer to give memory back than to make a thread. */
@@ -255,7 +277,14 @@ static void unmap(task *self)
 
 bool pc_background_unmap(void *map, size_t bytes)
 {
+    if (atomic_exchange(&unmapping, true))
+        return false;
     release *r = map;
     *r = (release){{unmap}, bytes};
-    return run_elsewhere(&r->task, bytes >= WORTH_A_THREAD);
+    /* A process that has never had a job may have been told to do without threads. */
+    const bool worth = bytes >= WORTH_A_THREAD && atomic_load_explicit(&threads_wanted, memory_order_relaxed);
+    const bool given = run_elsewhere(&r->task, worth);
+    if (!given)
+        atomic_store(&unmapping, false);
+    return given;
 }

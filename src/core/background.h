@@ -24,8 +24,9 @@ pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, voi
 void pc_background_finish(pc_background *job, bool rest);
 
 /* Give a private writable mapping back to the system on another thread, which takes 0.4 µs for each page that was written.
- * False if there is no thread to be had, or it is not worth making one: the mapping is the caller's then, with other bytes
- * at its beginning. A child of a fork at just this moment keeps its copy. */
+ * False if there is no thread to be had, it is not worth making one, or another mapping is on its way, so that little memory
+ * is in between: the mapping is the caller's then, perhaps with other bytes at its beginning. A child of a fork at just this
+ * moment keeps its copy. */
 bool pc_background_unmap(void *map, size_t bytes);
 
 #ifdef PC_TEST_HOOKS

@@ -152,7 +152,7 @@ char *pc_strndup(const char *text, size_t len)
 
 /* Mappings of these sizes are given back by another thread. Larger ones might be missed by who asks for as much next. */
 #define BLOCK_ELSEWHERE_BYTES ((size_t)1 << 20)
-#define BLOCK_ELSEWHERE_MOST ((size_t)256 << 20)
+#define BLOCK_ELSEWHERE_MOST ((size_t)32 << 20)
 
 static void *map_block(size_t bytes)
 {

@@ -296,13 +296,13 @@ bool peftc_read_tensor(peftc_state *state, PyObject *obj, peftc_tensor *out)
 void peftc_ahead_of_storage(peftc_state *state, PyObject *obj)
 {
     const peftc_torch *torch = state->torch; /* looking for it would run code */
-    if (torch == NULL || (Py_TYPE(obj) != torch->tensor && Py_TYPE(obj) != torch->parameter))
+    if (torch == NULL || torch->api == NULL || (Py_TYPE(obj) != torch->tensor && Py_TYPE(obj) != torch->parameter))
         return;
-    /* A tensor is its head and the address of torch's part, in which the third word is the address of its storage. A
-     * torch that keeps something else there has the wrong line fetched, and nothing else happens. */
+    /* Since torch 2.10, which publishes the table, a tensor is its head and the address of torch's part, in which the third
+     * word is the address of its storage. */
     const char *part, *storage;
     memcpy(&part, obj + 1, sizeof part);
-    if (part == NULL)
+    if ((uintptr_t)part < 4096 || (uintptr_t)part % sizeof part != 0)
         return;
     memcpy(&storage, part + 2 * sizeof storage, sizeof storage);
     __builtin_prefetch(storage);

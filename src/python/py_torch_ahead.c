@@ -102,7 +102,7 @@ static void add_children(ahead *a, PyObject *children, PyObject *only, size_t *c
     }
 }
 
-void ahead_of_walk(ahead *a, const void *stack, size_t count, size_t step, ahead_way way, const void *ctx)
+static void walk_ahead(ahead *a, const void *stack, size_t count, size_t step, ahead_way way, const void *ctx)
 {
     size_t begin = 0, end = 0;
     for (size_t i = 0; i < ROOTS && i < count; i++) {
@@ -130,7 +130,16 @@ void ahead_of_walk(ahead *a, const void *stack, size_t count, size_t step, ahead
     }
 }
 
-void ahead_of_parameters(ahead *a, PyObject *const *modules, size_t count)
+/* A __dict__ that is made when it is asked for may begin a collection, whose finalizers could change what is borrowed here. */
+void ahead_of_walk(ahead *a, const void *stack, size_t count, size_t step, ahead_way way, const void *ctx)
+{
+    const int collecting = PyGC_Disable();
+    walk_ahead(a, stack, count, step, way, ctx);
+    if (collecting)
+        PyGC_Enable();
+}
+
+static void fetch_parameters(ahead *a, PyObject *const *modules, size_t count)
 {
     if (count > AHEAD_MOST || !make_room(a))
         return;
@@ -151,4 +160,12 @@ void ahead_of_parameters(ahead *a, PyObject *const *modules, size_t count)
         ahead_tensor(dicts[i]);
     for (size_t i = 0; i < found; i++)
         peftc_ahead_of_storage(a->state, dicts[i]);
+}
+
+void ahead_of_parameters(ahead *a, PyObject *const *modules, size_t count)
+{
+    const int collecting = PyGC_Disable();
+    fetch_parameters(a, modules, count);
+    if (collecting)
+        PyGC_Enable();
 }

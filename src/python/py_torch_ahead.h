@@ -1,8 +1,7 @@
 /* Fetching torch's modules into the cache before they are looked at, many at a time.
  *
  * Each is a dozen reads that depend on each other, and walking a model waits for every one of them; of many modules, they
- * come in together. Nothing is changed, and no Python code runs. The caller holds the GIL, and keeps the garbage collector
- * from running. */
+ * come in together. Nothing is changed, and no Python code runs. The caller holds the GIL. */
 #ifndef PEFTC_PYTHON_PY_TORCH_AHEAD_H
 #define PEFTC_PYTHON_PY_TORCH_AHEAD_H
 

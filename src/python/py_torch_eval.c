@@ -123,10 +123,7 @@ static int eval_all(const evaluation *e, PyObject *root)
     ahead a = {.modules_name = e->modules};
     int result = push(&s, root, 0);
     while (result == 0 && s.count > 0) {
-        const int collecting = PyGC_Disable();
         ahead_of_walk(&a, s.items, (size_t)s.count, sizeof *s.items, way_of, e);
-        if (collecting)
-            PyGC_Enable();
         const waiting w = s.items[--s.count];
         PyObject *own = PyObject_GenericGetDict(w.module, NULL);
         result = own != NULL ? eval_one(e, &s, &w, own) : -1;

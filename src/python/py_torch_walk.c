@@ -335,10 +335,7 @@ static void look_ahead(ahead *a, PyObject *pairs, Py_ssize_t begin)
         if (PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2)
             modules[count++] = PyTuple_GET_ITEM(pair, 1);
     }
-    const int collecting = PyGC_Disable();
     ahead_of_parameters(a, modules, count);
-    if (collecting)
-        PyGC_Enable();
 }
 
 PyDoc_STRVAR(describe_modules_doc,

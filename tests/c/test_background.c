@@ -211,12 +211,38 @@ TEST(large_blocks_go_elsewhere)
 
 TEST(without_a_thread_blocks_go_at_once)
 {
-    void *block = full_block(64);
+    usleep(200000); /* none is on its way */
+    void *block = full_block(32);
     REQUIRE(block != NULL);
     const long refused = pc_test_no_threads(true), before = resident_mb();
-    pc_block_free(block, (size_t)64 << 20);
+    pc_block_free(block, (size_t)32 << 20);
     CHECK_INT(pc_test_no_threads(false), refused + 1);
-    CHECK(resident_mb() <= before - 32);
+    CHECK(resident_mb() <= before - 16);
+}
+
+/* One is on its way at a time. A child that was forked while one was does not wait for it. */
+TEST(many_blocks_go)
+{
+    enum { MANY = 12, MB = 8 };
+    void *blocks[MANY];
+    const long before = resident_mb();
+    for (int i = 0; i < MANY; i++)
+        REQUIRE((blocks[i] = full_block(MB)) != NULL);
+    pc_block_free(blocks[0], (size_t)MB << 20);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0)
+        alarm(20);
+    for (int i = 1; i < MANY; i++)
+        pc_block_free(blocks[i], (size_t)MB << 20);
+    if (child == 0)
+        _exit(0);
+    for (int i = 0; i < 5000 && resident_mb() > before + 2 * MB; i++)
+        usleep(1000);
+    CHECK(resident_mb() <= before + 2 * MB);
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK_INT(status, 0);
 }
 
 TEST(no_memory_means_no_job)
@@ -279,6 +305,7 @@ int main(void)
     RUN(jobs_at_the_same_time_have_a_thread_each);
     RUN(large_blocks_go_elsewhere);
     RUN(without_a_thread_blocks_go_at_once);
+    RUN(many_blocks_go);
     RUN(no_memory_means_no_job);
     RUN(no_thread_means_no_job);
     RUN(allocations_of_the_other_thread_fail_by_themselves);

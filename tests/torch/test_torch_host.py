@@ -464,6 +464,25 @@ def test_modes_of_one_model_are_its_own(tmp_path):
     assert not any(module.training for module in trained.modules())
 
 
+def test_adapters_are_drawn_in_any_mode_and_after_it():
+    """What an inference mode makes, for one, can be written to there only."""
+    from peftc.hosts import torch_host
+
+    seeds = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        torch_host._NUMBERS.clear()
+        with mode():
+            Ours().add_adapter(peft.LoraConfig(r=2, target_modules="all-linear"), "a")
+        for _ in range(2):
+            torch.manual_seed(3)
+            seeds.append(torch_host.HOST.new_seed())
+        with torch.inference_mode():
+            torch.manual_seed(3)
+            seeds.append(torch_host.HOST.new_seed())
+    assert len(set(seeds)) == 1
+    assert torch_host.HOST.new_seed() != seeds[0]
+
+
 def test_a_device_context_does_not_matter():
     """Tensors are where their base layers are, whatever torch makes its own tensors on just then."""
     model, abstract = Ours(), Ours().to("meta")
