@@ -53,6 +53,7 @@ class Side:
         self.take("load_adapter, 2nd", lambda: model.load_adapter(folder, "second"))
 
     def many(self, adapters):
+        self.plain = copy.deepcopy(self.base).eval()
         self.model = self.package.get_peft_model(copy.deepcopy(self.base), lora(), "a0").eval()
         for i in range(1, adapters):
             self.model.add_adapter(f"a{i}", lora())
@@ -68,8 +69,11 @@ class Side:
         self.take("with disable_adapter()", disabled)
         ids = torch.arange(1, 9)[:, None]
         names = [f"a{i}" for i in range(8)]
+        whole, alone = "8 adapters in a batch of 8 × 1 token", "the same without adapters"
         with torch.no_grad():
-            self.take("8 adapters in a batch of 8 × 1 token", lambda: self.model(ids, adapter_names=names))
+            self.take(whole, lambda: self.model(ids, adapter_names=names))
+            self.take(alone, lambda: self.plain(ids))
+        self.times.setdefault("what the adapters add to it", []).append(self.times[whole][-1] - self.times[alone][-1])
 
 
 def main():
