@@ -88,7 +88,6 @@ static atomic_bool threads_wanted; /* there has been a job */
 
 /* Where one thread waits. A child of a fork has none, and a lock that may be held by nobody: it begins anew. */
 static struct lounge {
-    atomic_int owner; /* the process whose thread it is; negative while it is made ready */
     pthread_mutex_t lock;
     pthread_cond_t call;
     task *next;
@@ -97,21 +96,6 @@ static struct lounge {
 
 static void begin_anew(void)
 {
-    atomic_store(&lounge.owner, 0);
-    atomic_store(&unmapping, false);
-}
-
-static bool lounge_is_open(void)
-{
-    const pid_t self = getpid();
-    int owner = atomic_load_explicit(&lounge.owner, memory_order_acquire);
-    if (owner == self)
-        return true;
-    if (owner == -self || !atomic_compare_exchange_strong(&lounge.owner, &owner, -self))
-        return false;
-    static atomic_bool watches_forks; /* a child inherits both */
-    if (!atomic_exchange(&watches_forks, true))
-        (void)pthread_atfork(NULL, NULL, begin_anew); /* without it the process's number tells, unless it is used again */
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
 #ifndef __APPLE__
@@ -122,8 +106,28 @@ static bool lounge_is_open(void)
     pthread_condattr_destroy(&attributes);
     lounge.next = NULL;
     lounge.taken = false;
-    atomic_store_explicit(&lounge.owner, self, memory_order_release);
-    return true;
+}
+
+static void after_fork(void)
+{
+    begin_anew();
+    atomic_store(&unmapping, false);
+}
+
+static bool watches_forks;
+
+static void open_lounge(void)
+{
+    begin_anew();
+    watches_forks = pthread_atfork(NULL, NULL, after_fork) == 0;
+}
+
+/* False if a child would not be told that it is one: nobody waits then. */
+static bool lounge_is_open(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, open_lounge);
+    return watches_forks;
 }
 
 /* Give the task to the thread that waits, if one does. */

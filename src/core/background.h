@@ -15,8 +15,8 @@
 typedef struct pc_background pc_background;
 
 /* Begin to call fn(ctx, begin, end) on disjoint ranges of about `grain` items that cover [0, n), in order, on a thread of
- * its own, which stays for some seconds after that, in case there is more to do.  NULL when there is no thread or no memory to be had: nothing was called then.  fn is as for
- * pc_parallel_for; ctx must live until pc_background_finish. */
+ * its own, which stays for some seconds after that, in case there is more to do.  NULL when there is no thread or no memory
+ * to be had: nothing was called then.  fn is as for pc_parallel_for; ctx must live until pc_background_finish. */
 pc_background *pc_background_start(int64_t n, int64_t grain, pc_range_fn fn, void *ctx);
 
 /* End it: with `rest`, all ranges have been worked on when this returns, what is left on this thread; without, no new one

@@ -5,8 +5,9 @@
  * thread fail, which is how the tests show that every failure is clean.
  *
  * A pc_block is one large buffer, 64-byte aligned, zeroed, and given straight
- * back to the system when freed (one of megabytes by another thread, a millisecond later).  A pc_pool hands out many small pieces that
- * die together (a parsed config, the tables of one adapter).
+ * back to the system when freed (one of megabytes by another thread, a
+ * millisecond later).  A pc_pool hands out many small pieces that die together
+ * (a parsed config, the tables of one adapter).
  */
 #ifndef PEFTC_CORE_MEMORY_H
 #define PEFTC_CORE_MEMORY_H

@@ -22,15 +22,6 @@ static bool make_room(ahead *a)
     return a->room != NULL;
 }
 
-/* The dict, borrowed from what has it; NULL for anything else. */
-static PyObject *peek_dict(PyObject *dict, PyObject *key, torch_place *place)
-{
-    PyObject *found = dict != NULL ? torch_peek(dict, key, place) : NULL;
-    if (found != NULL)
-        __builtin_prefetch(found);
-    return found;
-}
-
 /* Else asking for it is an exception. */
 static bool has_dict(const PyObject *object)
 {
@@ -61,8 +52,10 @@ static void fetch_dicts(PyObject *const *modules, PyObject **dicts, size_t count
 /* items ← each dict's dict called `key`, borrowed; its keys are on the way. */
 static void fetch_items(PyObject *const *dicts, PyObject **items, size_t count, PyObject *key, torch_place *place)
 {
-    for (size_t i = 0; i < count; i++)
-        items[i] = peek_dict(dicts[i], key, place);
+    for (size_t i = 0; i < count; i++) {
+        items[i] = dicts[i] != NULL ? torch_peek(dicts[i], key, place) : NULL;
+        __builtin_prefetch(items[i]);
+    }
     for (size_t i = 0; i < count; i++) {
         if (items[i] != NULL && !PyDict_CheckExact(items[i]))
             items[i] = NULL;

@@ -4,7 +4,8 @@
 #define AHEAD 16
 #define AHEAD_FOUND 8
 
-bool shelf_make(shelf *s, size_t rows, size_t columns)
+/* With nothing on it. */
+static bool make(shelf *s, size_t rows, size_t columns)
 {
     size_t count, bytes;
     *s = (shelf){.items = NULL, .rows = rows, .columns = columns};
@@ -20,7 +21,7 @@ bool shelf_make(shelf *s, size_t rows, size_t columns)
 
 bool shelf_of_list(shelf *s, PyObject *list)
 {
-    const bool good = shelf_make(s, (size_t)PyList_GET_SIZE(list), 1);
+    const bool good = make(s, (size_t)PyList_GET_SIZE(list), 1);
     for (size_t i = 0; i < s->count; i++)
         s->items[i] = Py_NewRef(PyList_GET_ITEM(list, (Py_ssize_t)i));
     return good;
@@ -28,7 +29,7 @@ bool shelf_of_list(shelf *s, PyObject *list)
 
 bool shelf_of_shelf(shelf *s, const shelf *other)
 {
-    const bool good = shelf_make(s, other->rows, other->columns);
+    const bool good = make(s, other->rows, other->columns);
     for (size_t i = 0; i < s->count; i++)
         s->items[i] = Py_XNewRef(other->items[i]);
     return good;
@@ -53,7 +54,7 @@ static void ahead_item(PyObject *dict, PyObject *key, const torch_place *place)
 
 bool shelf_of_items(shelf *s, const shelf *dicts, PyObject *names)
 {
-    bool good = shelf_make(s, dicts->rows, (size_t)PyTuple_GET_SIZE(names));
+    bool good = make(s, dicts->rows, (size_t)PyTuple_GET_SIZE(names));
     torch_place *places = good ? PyMem_Calloc(s->columns + 1, sizeof *places) : NULL;
     if (good && places == NULL) {
         PyErr_NoMemory();

@@ -11,8 +11,7 @@ typedef struct shelf {
     size_t rows, columns, count; /* count: rows × columns */
 } shelf;
 
-/* With nothing on it; false with an exception, and then too it can be cleared. */
-bool shelf_make(shelf *s, size_t rows, size_t columns);
+/* Those that make a shelf return false with an exception, and then too it can be cleared. */
 
 /* One column: what is in a list. */
 bool shelf_of_list(shelf *s, PyObject *list);

@@ -1,8 +1,6 @@
 /* torch's module tree: listing it, and telling the core what is in it.
  *
- * Modules are objects with a __dict__, in which `_modules` is the dict of children and `_parameters` that of parameters. In a
- * large model none of this is in the cache, and each module is several reads that depend on each other: those of modules that
- * come later are begun before. */
+ * Modules are what py_torch_dicts.h says, and are fetched before they are looked at (py_torch_ahead.h). */
 #include "dlpack.h"
 #include "py_torch_ahead.h"
 
